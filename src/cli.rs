@@ -1,0 +1,435 @@
+//! The command line: serve, draw, inspect.
+
+use crate::api::{Digits, GenerateRequest, Layout};
+use crate::client::{Client, ClientConfig};
+use crate::config::{Config, VARIABLES};
+use crate::engine::{DrawRequest, Engine, ModelState};
+use crate::image::{Grid, Picture, assemble, encode, enlarge};
+use crate::model::{self, Header, ModelError};
+use crate::storage::{self, ModelUri, Progress, Storage, StorageError};
+use crate::{server, telemetry};
+use clap::{Args, Parser, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+use std::error::Error;
+use std::io::{IsTerminal as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// The environment, or the command line, is not usable (EX_USAGE of sysexits).
+const EXIT_USAGE: u8 = 64;
+
+/// Draws handwritten digits: as an HTTP service, or straight to a file.
+#[derive(Parser)]
+#[command(name = "image-generator", version, after_help = environment())]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve HTTP (the default)
+    Serve,
+    /// Draw digits to a PNG file, without a server or from one
+    Draw(Draw),
+    /// Print what a weights file holds
+    Inspect {
+        /// A file, a folder, or a URI such as s3://bucket/model.safetensors
+        place: String,
+    },
+}
+
+#[derive(Args)]
+struct Draw {
+    /// What to draw, a label a character
+    #[arg(default_value = "0123456789")]
+    digits: String,
+    /// Where the PNG goes; - is standard output
+    #[arg(short, long, default_value = "digits.png")]
+    output: PathBuf,
+    /// Draw by this server instead, such as http://localhost:5000
+    #[arg(long)]
+    url: Option<String>,
+    /// How often the whole sequence is drawn
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=100_000))]
+    count: u64,
+    /// Seed of the first digit [default: random]
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Steps from noise to digit [default: the model's]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1000))]
+    steps: Option<u64>,
+    /// Classifier-free guidance, 1 is none [default: the model's]
+    #[arg(long)]
+    guidance: Option<f64>,
+    /// Each pixel becomes a square of this many pixels
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=32))]
+    scale: u64,
+    /// rows (one for each repetition), grid or strip
+    #[arg(long)]
+    layout: Option<Layout>,
+    /// The model's name
+    #[arg(long)]
+    model: Option<String>,
+}
+
+fn environment() -> String {
+    let mut text = String::from("Environment:\n");
+    for v in VARIABLES {
+        let default = if v.default.is_empty() {
+            String::new()
+        } else {
+            format!(" [default: {}]", v.default)
+        };
+        text.push_str(&format!("  {:<21} {}{default}\n", v.name, v.meaning));
+    }
+    text.push_str("\nStores read their own variables too: AWS_*, GOOGLE_*, AZURE_*, HF_ENDPOINT, HF_TOKEN.\nRAYON_NUM_THREADS sets the threads that compute (default: the processors that the container may use).\n");
+    text
+}
+
+impl Cli {
+    /// Runs the command; the exit code says how it went.
+    pub fn run(self, started: Instant) -> ExitCode {
+        let config = match Config::from_env() {
+            Ok(config) => config,
+            Err(error) => {
+                eprintln!("{error}");
+                return ExitCode::from(EXIT_USAGE);
+            }
+        };
+        let result = match self.command.unwrap_or(Command::Serve) {
+            Command::Serve => serve(config, started),
+            Command::Draw(draw) => draw.run(config),
+            Command::Inspect { place } => inspect(&place, config),
+        };
+        match result {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("error: {}", telemetry::chain(&*error));
+                ExitCode::FAILURE
+            }
+        }
+    }
+}
+
+type Outcome = Result<(), Box<dyn Error>>;
+
+/// The port is open before there is a runtime to serve it: whoever connects meanwhile waits in its queue.
+fn serve(config: Config, started: Instant) -> Outcome {
+    let listener = std::net::TcpListener::bind(config.listen)
+        .map_err(|e| format!("cannot listen on {} (HOST, PORT): {e}", config.listen))?;
+    listener.set_nonblocking(true)?;
+    telemetry::init(&config.telemetry, false);
+    let address = listener.local_addr()?;
+    tracing::info!(%address, version = env!("CARGO_PKG_VERSION"), "listening");
+    for warning in &config.warnings {
+        tracing::warn!("{warning}");
+    }
+    let runtime = runtime()?;
+    let drained = runtime.block_on(async {
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        let engine = Engine::new(config.engine);
+        Ok::<_, std::io::Error>(
+            server::serve(listener, engine, config.server, started, shutdown_signal()?).await,
+        )
+    })?;
+    tracing::info!(requests_left = drained.requests_left, "stopped");
+    // A load or a batch that nobody will hear of is not waited for.
+    runtime.shutdown_background();
+    Ok(())
+}
+
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+}
+
+/// Resolves at SIGTERM (platforms) or SIGINT (Ctrl-C). Registered at once, so that none is missed.
+fn shutdown_signal() -> std::io::Result<impl Future<Output = ()>> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (mut term, mut int) = (
+        signal(SignalKind::terminate())?,
+        signal(SignalKind::interrupt())?,
+    );
+    Ok(async move {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
+    })
+}
+
+impl Draw {
+    fn run(self, config: Config) -> Outcome {
+        telemetry::init(
+            &telemetry::TelemetryConfig {
+                format: telemetry::LogFormat::Pretty,
+                level: "warn".to_owned(),
+                ..config.telemetry.clone()
+            },
+            true,
+        );
+        let runtime = runtime()?;
+        let png = match &self.url {
+            Some(url) => runtime.block_on(self.remote(url))?,
+            None => runtime.block_on(self.local(config))?,
+        };
+        write(&self.output, &png)
+    }
+
+    async fn remote(&self, url: &str) -> Result<Vec<u8>, Box<dyn Error>> {
+        let bearer = std::env::var("IMAGE_GENERATOR_TOKEN")
+            .ok()
+            .filter(|t| !t.is_empty());
+        let client = Client::new(
+            url,
+            ClientConfig {
+                bearer,
+                ..ClientConfig::default()
+            },
+        )?;
+        let request = GenerateRequest {
+            digits: Some(Digits::Text(self.digits.clone())),
+            count: Some(self.count),
+            seed: self.seed,
+            steps: self.steps,
+            guidance: self.guidance,
+            scale: Some(self.scale),
+            layout: self.layout,
+            model: self.model.clone(),
+        };
+        let image = client.generate(&request).await?;
+        eprintln!(
+            "drawn by {} {} with seed {}",
+            image.model, image.model_version, image.seed
+        );
+        Ok(image.png.to_vec())
+    }
+
+    async fn local(&self, mut config: Config) -> Result<Vec<u8>, Box<dyn Error>> {
+        for warning in &config.warnings {
+            tracing::warn!("{warning}");
+        }
+        if self.digits.is_empty() {
+            return Err("there is nothing to draw".into());
+        }
+        if self.guidance.is_some_and(|g| !(0.0..=100.0).contains(&g)) {
+            return Err("--guidance: expected 0 to 100".into());
+        }
+        let once: Vec<String> = self.digits.chars().map(String::from).collect();
+        let total = once.len() * self.count as usize;
+        // One process, one request: there is nobody to protect from a long one.
+        config.engine.queue_digits_max = total.max(config.engine.queue_digits_max);
+        let engine = Engine::new(config.engine);
+        let seed = self
+            .seed
+            .unwrap_or_else(|| u64::from(getrandom::u32().unwrap_or_default()));
+        let labels = once.iter().cycle().take(total).cloned().collect();
+        let request = DrawRequest {
+            model: self.model.clone(),
+            labels,
+            seed,
+            steps: self.steps.map(|s| s as usize),
+            guidance: self.guidance.map(|g| g as f32),
+        };
+        let plan = watched(&engine, engine.prepare(request)).await?;
+        let info = plan.info().clone();
+        let (size, channels) = (
+            info.header.architecture.image_size,
+            info.header.architecture.channels,
+        );
+        let mut drawing = plan.start()?;
+        let mut cells = vec![Picture::black(size, size, channels); total];
+        let bar = if total > 50 {
+            bar(
+                total as u64,
+                "{bar:30} {pos}/{len} digits, {per_sec}, {eta} left",
+            )
+        } else {
+            ProgressBar::hidden()
+        };
+        while let Some(digit) = drawing.next().await {
+            let digit = digit?;
+            cells[digit.index].pixels = digit.pixels;
+            bar.inc(1);
+        }
+        bar.finish_and_clear();
+        let grid = match self.layout.unwrap_or(if once.len() == 1 {
+            Layout::Grid
+        } else {
+            Layout::Rows
+        }) {
+            Layout::Rows => Grid::with_columns(once.len(), total),
+            Layout::Grid => Grid::square(total),
+            Layout::Strip => Grid::with_columns(total, total),
+        };
+        eprintln!("drawn by {} {} with seed {seed}", info.name, info.version);
+        Ok(encode(&enlarge(
+            &assemble(grid, &cells),
+            self.scale as usize,
+        )))
+    }
+}
+
+/// A bar on standard error, if that is a terminal.
+fn bar(length: u64, template: &str) -> ProgressBar {
+    let style =
+        ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(length).with_style(style)
+}
+
+const BYTES_BAR: &str =
+    "fetching weights {bar:30} {bytes}/{total_bytes}, {bytes_per_sec}, {eta} left";
+
+/// Waits for work that may load a model, and shows how far the load is.
+async fn watched<T>(engine: &Engine, work: impl Future<Output = T>) -> T {
+    tokio::pin!(work);
+    let mut shown: Option<ProgressBar> = None;
+    loop {
+        tokio::select! {
+            result = &mut work => {
+                if let Some(bar) = shown {
+                    bar.finish_and_clear();
+                }
+                return result;
+            }
+            () = tokio::time::sleep(Duration::from_millis(100)) => {
+                if let Some(status) = engine.models().into_iter().find(|m| m.state == ModelState::Loading && m.bytes_total > 0) {
+                    shown.get_or_insert_with(|| bar(status.bytes_total, BYTES_BAR)).set_position(status.bytes_arrived);
+                }
+            }
+        }
+    }
+}
+
+fn write(output: &Path, bytes: &[u8]) -> Outcome {
+    if output == Path::new("-") {
+        return Ok(std::io::stdout().write_all(bytes)?);
+    }
+    std::fs::write(output, bytes)
+        .map_err(|e| format!("cannot write `{}`: {e}", output.display()))?;
+    if std::io::stderr().is_terminal() {
+        eprintln!("wrote {}", output.display());
+    }
+    Ok(())
+}
+
+fn inspect(place: &str, config: Config) -> Outcome {
+    telemetry::init(
+        &telemetry::TelemetryConfig {
+            format: telemetry::LogFormat::Pretty,
+            level: "warn".to_owned(),
+            ..config.telemetry.clone()
+        },
+        true,
+    );
+    let header = if place == "built-in" {
+        model::read_header(
+            &mut [Ok::<_, ModelError>(model::BUILT_IN)].into_iter(),
+            None,
+        )?
+        .0
+    } else {
+        let uri: ModelUri = if place.contains("://") {
+            place.parse()?
+        } else {
+            ModelUri::File(PathBuf::from(place))
+        };
+        runtime()?.block_on(header(uri, config))?
+    };
+    print_header(&header)?;
+    Ok(())
+}
+
+/// The header alone: the rest is not fetched.
+async fn header(uri: ModelUri, config: Config) -> Result<Header, Box<dyn Error>> {
+    // Small ranges, one at a time, no cache and no digest: most headers are within the first.
+    let storage = storage::StorageConfig {
+        cache_dir: None,
+        sha256: None,
+        range_bytes: 256 << 10,
+        range_concurrency: 1,
+        ..config.engine.storage
+    };
+    let mut weights = Storage::new(storage)
+        .open(&uri, Arc::<Progress>::default())
+        .await?;
+    let read = tokio::task::spawn_blocking(move || {
+        let beside = weights.beside().map(str::to_owned);
+        let size = weights.size();
+        let mut chunks = (&mut weights).map(|c| c.map_err(InspectError::from));
+        let (header, _) = model::read_header(&mut chunks, beside.as_deref())?;
+        if header.file_bytes != size {
+            return Err(ModelError::Length {
+                expected: header.file_bytes,
+                actual: size,
+            }
+            .into());
+        }
+        Ok::<_, InspectError>(header)
+    });
+    Ok(read.await??)
+}
+
+#[derive(Debug, thiserror::Error)]
+enum InspectError {
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    #[error(transparent)]
+    Model(#[from] ModelError),
+}
+
+fn print_header(header: &Header) -> std::io::Result<()> {
+    let a = &header.architecture;
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "name        {}", header.name)?;
+    writeln!(
+        out,
+        "classes     {} ({})",
+        a.classes,
+        header.class_names.join(", ")
+    )?;
+    writeln!(
+        out,
+        "pictures    {0} x {0}, {1} channel{2}",
+        a.image_size,
+        a.channels,
+        if a.channels == 1 { "" } else { "s" }
+    )?;
+    writeln!(
+        out,
+        "network     DiT, {} blocks, width {}, {} heads, mlp {}, patch {} ({} tokens)",
+        a.depth,
+        a.width,
+        a.heads,
+        a.mlp_width,
+        a.patch,
+        a.tokens()
+    )?;
+    writeln!(
+        out,
+        "sampler     {} steps, guidance {}, shift {}",
+        header.sampler.steps, header.sampler.guidance, header.sampler.shift
+    )?;
+    writeln!(out, "parameters  {}", header.parameters())?;
+    writeln!(
+        out,
+        "file        {} bytes; in memory {} bytes",
+        header.file_bytes,
+        header.resident_bytes()
+    )?;
+    for t in &header.tensors {
+        writeln!(
+            out,
+            "  {:<24} {:<5} {:?}",
+            t.name,
+            t.dtype.to_string(),
+            t.shape
+        )?;
+    }
+    Ok(())
+}

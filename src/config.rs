@@ -1,0 +1,552 @@
+//! The environment, read once and checked as a whole: every bad value is reported, by name, at the same time.
+
+use crate::engine::{EngineConfig, Source};
+use crate::model::DeviceKind;
+use crate::server::ServerConfig;
+use crate::storage::{self, ModelUri, StorageConfig};
+use crate::telemetry::{LogFormat, TelemetryConfig};
+use serde::Deserialize;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+/// One environment variable, as `--help` and the README list it.
+pub struct Variable {
+    pub name: &'static str,
+    pub default: &'static str,
+    pub meaning: &'static str,
+}
+
+const fn variable(name: &'static str, default: &'static str, meaning: &'static str) -> Variable {
+    Variable {
+        name,
+        default,
+        meaning,
+    }
+}
+
+/// Every variable that the service reads, providers' own credentials and endpoints excepted.
+pub const VARIABLES: &[Variable] = &[
+    variable("PORT", "5000", "port to listen on; 0: any free one"),
+    variable("HOST", "0.0.0.0", "address to listen on"),
+    variable(
+        "APP_ENV",
+        "production",
+        "production (JSON logs) or development (readable logs); FLASK_ENV is read where it is not set",
+    ),
+    variable(
+        "LOG_LEVEL",
+        "info",
+        "error, warn, info, debug or trace, or filters such as info,image_generator=debug",
+    ),
+    variable(
+        "DEVICE",
+        "cpu",
+        "cpu, cuda, metal (or mps), or auto; cuda and metal need a binary built for them",
+    ),
+    variable(
+        "MODEL_PATH",
+        "",
+        "weights file, or folder that holds one; an empty or absent folder is passed over",
+    ),
+    variable(
+        "MODEL_URI",
+        "",
+        "where weights are otherwise: s3://, gs://, az://, https://, hf:// or file://; without it, the built-in ones",
+    ),
+    variable("MODEL_SHA256", "", "SHA-256 that the weights must have"),
+    variable(
+        "MODEL_CACHE_DIR",
+        "",
+        "folder for fetched weights, kept for the next start; without it nothing is written to disk",
+    ),
+    variable(
+        "MAX_MEMORY_MB",
+        "",
+        "memory that the process may take; weights that would not fit are refused. Without it, the container's limit",
+    ),
+    variable(
+        "LOAD_TIMEOUT_SECS",
+        "240",
+        "how long one load of the weights may take in all",
+    ),
+    variable(
+        "STALL_TIMEOUT_SECS",
+        "10",
+        "how long a store may send nothing before a request to it is made again",
+    ),
+    variable("RANGE_MB", "8", "size of one ranged request to a store"),
+    variable(
+        "RANGE_CONCURRENCY",
+        "8",
+        "ranged requests at a time; this x RANGE_MB may wait in memory",
+    ),
+    variable(
+        "BATCH_ROWS",
+        "32",
+        "rows that the network computes at once; a digit with guidance takes two",
+    ),
+    variable(
+        "QUEUE_DIGITS",
+        "4096",
+        "digits that may wait in all; what is beyond gets 503",
+    ),
+    variable("MAX_DIGITS", "1000", "digits that one request may ask for"),
+    variable("MAX_STEPS", "64", "steps that one request may ask for"),
+    variable("MAX_BODY_BYTES", "65536", "size of a request's body"),
+    variable(
+        "MAX_CONNECTIONS",
+        "2048",
+        "connections at a time; further ones wait to be accepted",
+    ),
+    variable(
+        "HEADER_TIMEOUT_SECS",
+        "30",
+        "how long a request's head, or its body, may take to arrive",
+    ),
+    variable(
+        "REQUEST_TIMEOUT_SECS",
+        "300",
+        "how long an answer may take, the load of a cold model included",
+    ),
+    variable(
+        "DRAIN_SECS",
+        "8",
+        "how long open requests may go on after SIGTERM",
+    ),
+    variable(
+        "GOOGLE_CLOUD_PROJECT",
+        "",
+        "project that trace ids in the log belong to",
+    ),
+];
+
+/// The environment as it is: text, or nothing.
+#[derive(Deserialize)]
+struct Raw {
+    port: Option<String>,
+    host: Option<String>,
+    app_env: Option<String>,
+    flask_env: Option<String>,
+    log_level: Option<String>,
+    device: Option<String>,
+    model_path: Option<String>,
+    model_uri: Option<String>,
+    model_sha256: Option<String>,
+    model_cache_dir: Option<String>,
+    max_memory_mb: Option<String>,
+    load_timeout_secs: Option<String>,
+    stall_timeout_secs: Option<String>,
+    range_mb: Option<String>,
+    range_concurrency: Option<String>,
+    batch_rows: Option<String>,
+    queue_digits: Option<String>,
+    max_digits: Option<String>,
+    max_steps: Option<String>,
+    max_body_bytes: Option<String>,
+    max_connections: Option<String>,
+    header_timeout_secs: Option<String>,
+    request_timeout_secs: Option<String>,
+    drain_secs: Option<String>,
+    google_cloud_project: Option<String>,
+}
+
+/// A checked configuration, one part a layer.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub listen: SocketAddr,
+    pub telemetry: TelemetryConfig,
+    pub engine: EngineConfig,
+    pub server: ServerConfig,
+    /// What is legal, and yet may not be what was meant.
+    pub warnings: Vec<String>,
+}
+
+/// Everything that is wrong with the environment.
+#[derive(Debug, thiserror::Error)]
+#[error("the environment is not usable:\n{}", .0.iter().map(|p| format!("  {p}")).collect::<Vec<_>>().join("\n"))]
+pub struct InvalidConfig(pub Vec<String>);
+
+impl Config {
+    /// Reads the process's environment.
+    ///
+    /// # Errors
+    /// [`InvalidConfig`] with every problem there is.
+    pub fn from_env() -> Result<Self, InvalidConfig> {
+        // Not `std::env::vars`, which panics at a name or value that is no UTF-8, whosever it is.
+        Self::from_vars(std::env::vars_os().filter_map(|(name, value)| {
+            Some((name.into_string().ok()?, value.into_string().ok()?))
+        }))
+    }
+
+    /// Reads the given variables.
+    ///
+    /// # Errors
+    /// [`InvalidConfig`] with every problem there is.
+    pub fn from_vars(
+        vars: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self, InvalidConfig> {
+        // Deploy files tend to set a variable to nothing where they mean to leave it out.
+        let vars = vars
+            .into_iter()
+            .filter(|(_, value)| !value.trim().is_empty());
+        let raw: Raw = envy::from_iter(vars).map_err(|e| InvalidConfig(vec![e.to_string()]))?;
+        let mut check = Check::default();
+        let config = build(raw, &mut check);
+        if check.problems.is_empty() {
+            Ok(config)
+        } else {
+            Err(InvalidConfig(check.problems))
+        }
+    }
+}
+
+/// Collects problems, so that one bad value does not hide another.
+#[derive(Default)]
+struct Check {
+    problems: Vec<String>,
+}
+
+impl Check {
+    fn problem(&mut self, name: &str, value: &str, expected: &str) {
+        self.problems.push(format!(
+            "{name} is `{}`, expected {expected}",
+            value.escape_debug()
+        ));
+    }
+
+    /// A number in a range, or the default that the table of variables states.
+    fn number<T: FromStr + PartialOrd + std::fmt::Display + Copy>(
+        &mut self,
+        name: &str,
+        value: Option<String>,
+        low: T,
+        high: T,
+    ) -> T {
+        let default = VARIABLES
+            .iter()
+            .find(|v| v.name == name)
+            .and_then(|v| v.default.parse().ok())
+            .unwrap_or(low);
+        self.optional_number(name, value, low, high)
+            .unwrap_or(default)
+    }
+
+    fn optional_number<T: FromStr + PartialOrd + std::fmt::Display + Copy>(
+        &mut self,
+        name: &str,
+        value: Option<String>,
+        low: T,
+        high: T,
+    ) -> Option<T> {
+        let value = value?;
+        match value
+            .trim()
+            .parse()
+            .ok()
+            .filter(|n| (low..=high).contains(n))
+        {
+            Some(number) => Some(number),
+            None => {
+                self.problem(
+                    name,
+                    &value,
+                    &format!("a whole number from {low} to {high}"),
+                );
+                None
+            }
+        }
+    }
+
+    fn seconds(&mut self, name: &str, value: Option<String>, low: u64, high: u64) -> Duration {
+        Duration::from_secs(self.number(name, value, low, high))
+    }
+
+    fn parsed<T>(
+        &mut self,
+        name: &str,
+        value: Option<String>,
+        expected: &str,
+        parse: impl FnOnce(&str) -> Option<T>,
+    ) -> Option<T> {
+        let value = value?;
+        let parsed = parse(value.trim());
+        if parsed.is_none() {
+            self.problem(name, &value, expected);
+        }
+        parsed
+    }
+}
+
+fn build(raw: Raw, check: &mut Check) -> Config {
+    let mut warnings = Vec::new();
+    let port = check.number("PORT", raw.port, 0, u16::MAX);
+    let host = check.parsed(
+        "HOST",
+        raw.host,
+        "an IP address, such as 0.0.0.0 or ::",
+        |t| {
+            if t == "localhost" {
+                Some([127, 0, 0, 1].into())
+            } else {
+                t.parse::<IpAddr>().ok()
+            }
+        },
+    );
+    let device = check
+        .parsed("DEVICE", raw.device, "cpu, cuda, metal, mps or auto", |t| {
+            t.parse::<DeviceKind>().ok()
+        })
+        .unwrap_or(DeviceKind::Cpu);
+    if !device.compiled_in() {
+        check.problems.push(format!("DEVICE is `{device}`, but this binary was built without it: build with `cargo build --release --features {device}`"));
+    }
+    let storage = StorageConfig {
+        cache_dir: raw.model_cache_dir.map(PathBuf::from),
+        sha256: check.parsed(
+            "MODEL_SHA256",
+            raw.model_sha256,
+            "64 hexadecimal digits",
+            storage::parse_digest,
+        ),
+        range_bytes: check.number::<u64>("RANGE_MB", raw.range_mb, 1, 1024) << 20,
+        range_concurrency: check.number("RANGE_CONCURRENCY", raw.range_concurrency, 1, 256),
+        stall_timeout: check.seconds("STALL_TIMEOUT_SECS", raw.stall_timeout_secs, 1, 600),
+        ..StorageConfig::default()
+    };
+    let source = source(raw.model_path, raw.model_uri, check, &mut warnings);
+    if source == Source::BuiltIn && storage.sha256.is_some() && check.problems.is_empty() {
+        check.problems.push("MODEL_SHA256 is set, but neither MODEL_PATH nor MODEL_URI leads to weights that it could belong to".to_owned());
+    }
+    let engine = EngineConfig {
+        source,
+        storage,
+        device,
+        memory_bytes_max: check
+            .optional_number::<u64>("MAX_MEMORY_MB", raw.max_memory_mb, 1, 1 << 24)
+            .map(|mb| mb << 20),
+        load_timeout: check.seconds("LOAD_TIMEOUT_SECS", raw.load_timeout_secs, 1, 86_400),
+        batch_rows_max: check.number("BATCH_ROWS", raw.batch_rows, 2, 4096),
+        queue_digits_max: check.number("QUEUE_DIGITS", raw.queue_digits, 1, 1_000_000),
+    };
+    let server = ServerConfig {
+        digits_max: check.number("MAX_DIGITS", raw.max_digits, 1, 100_000),
+        steps_max: check.number("MAX_STEPS", raw.max_steps, 1, 1000),
+        body_bytes_max: check.number("MAX_BODY_BYTES", raw.max_body_bytes, 64, 16 << 20),
+        connections_max: check.number("MAX_CONNECTIONS", raw.max_connections, 1, 1_000_000),
+        header_timeout: check.seconds("HEADER_TIMEOUT_SECS", raw.header_timeout_secs, 1, 3600),
+        request_timeout: check.seconds("REQUEST_TIMEOUT_SECS", raw.request_timeout_secs, 1, 86_400),
+        drain: check.seconds("DRAIN_SECS", raw.drain_secs, 0, 3600),
+    };
+    if server.digits_max > engine.queue_digits_max {
+        check.problems.push(format!("MAX_DIGITS is {}, which is more than QUEUE_DIGITS, {}: such a request could never be drawn", server.digits_max, engine.queue_digits_max));
+    }
+    let telemetry = telemetry(
+        raw.app_env,
+        raw.flask_env,
+        raw.log_level,
+        raw.google_cloud_project,
+        check,
+    );
+    Config {
+        listen: SocketAddr::new(host.unwrap_or([0, 0, 0, 0].into()), port),
+        telemetry,
+        engine,
+        server,
+        warnings,
+    }
+}
+
+/// MODEL_PATH if it holds weights, else MODEL_URI, else the built-in weights.
+fn source(
+    path: Option<String>,
+    uri: Option<String>,
+    check: &mut Check,
+    warnings: &mut Vec<String>,
+) -> Source {
+    let uri = uri.and_then(|text| {
+        let parsed = text.trim().parse::<ModelUri>();
+        if let Err(error) = &parsed {
+            check.problems.push(format!("MODEL_URI: {error}"));
+        }
+        parsed.ok()
+    });
+    let otherwise = uri.map_or(Source::BuiltIn, Source::Uri);
+    let Some(path) = path.map(PathBuf::from) else {
+        return otherwise;
+    };
+    if storage::holds_weights(&path) {
+        return Source::Uri(ModelUri::File(path));
+    }
+    let shown = path.display();
+    if otherwise == Source::BuiltIn && path.extension().is_some_and(|e| e == "safetensors") {
+        check
+            .problems
+            .push(format!("MODEL_PATH is `{shown}`, which does not exist"));
+    } else {
+        // An image names a folder for a volume that may or may not be mounted.
+        warnings.push(format!(
+            "MODEL_PATH `{shown}` holds no weights; {} is used",
+            if otherwise == Source::BuiltIn {
+                "the built-in model"
+            } else {
+                "MODEL_URI"
+            }
+        ));
+    }
+    otherwise
+}
+
+fn telemetry(
+    app_env: Option<String>,
+    flask_env: Option<String>,
+    level: Option<String>,
+    project: Option<String>,
+    check: &mut Check,
+) -> TelemetryConfig {
+    let (name, value) = if app_env.is_some() {
+        ("APP_ENV", app_env)
+    } else {
+        ("FLASK_ENV", flask_env)
+    };
+    let format = check.parsed(name, value, "production or development", |t| match t {
+        "production" => Some(LogFormat::Json),
+        "development" => Some(LogFormat::Pretty),
+        _ => None,
+    });
+    let level = level.unwrap_or_else(|| "info".to_owned());
+    if tracing_subscriber::EnvFilter::try_new(&level).is_err()
+        || level
+            .split(',')
+            .any(|l| !l.contains('=') && l.parse::<tracing::level_filters::LevelFilter>().is_err())
+    {
+        check.problem(
+            "LOG_LEVEL",
+            &level,
+            "error, warn, info, debug or trace, or filters such as info,image_generator=debug",
+        );
+    }
+    TelemetryConfig {
+        format: format.unwrap_or(LogFormat::Json),
+        level,
+        project,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(vars: &[(&str, &str)]) -> Result<Config, Vec<String>> {
+        Config::from_vars(vars.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())))
+            .map_err(|e| e.0)
+    }
+
+    #[test]
+    fn an_empty_environment_is_enough() {
+        let config = config(&[]).unwrap();
+        assert_eq!(config.listen, "0.0.0.0:5000".parse().unwrap());
+        assert_eq!(config.engine.source, Source::BuiltIn);
+        assert_eq!(config.telemetry.format, LogFormat::Json);
+        assert_eq!(config.server.digits_max, 1000);
+    }
+
+    #[test]
+    fn every_bad_value_is_reported_at_once() {
+        let problems = config(&[
+            ("PORT", "70000"),
+            ("HOST", "nowhere"),
+            ("DEVICE", "tpu"),
+            ("MAX_MEMORY_MB", "lots"),
+            ("MODEL_URI", "ftp://host/file"),
+            ("MODEL_SHA256", "abc"),
+            ("APP_ENV", "staging"),
+            ("LOG_LEVEL", "loud"),
+            ("DRAIN_SECS", "-1"),
+        ])
+        .unwrap_err();
+        let text = problems.join("\n");
+        for name in [
+            "PORT",
+            "HOST",
+            "DEVICE",
+            "MAX_MEMORY_MB",
+            "MODEL_URI",
+            "MODEL_SHA256",
+            "APP_ENV",
+            "LOG_LEVEL",
+            "DRAIN_SECS",
+        ] {
+            assert!(
+                problems.iter().any(|p| p.starts_with(name)),
+                "{name} is missing in\n{text}"
+            );
+        }
+        assert_eq!(problems.len(), 9, "{text}");
+    }
+
+    #[test]
+    fn contradictions_are_reported() {
+        let problems = config(&[("MODEL_SHA256", &"0".repeat(64))]).unwrap_err();
+        assert!(problems[0].contains("MODEL_URI"), "{problems:?}");
+        let problems = config(&[("MAX_DIGITS", "100"), ("QUEUE_DIGITS", "10")]).unwrap_err();
+        assert!(problems[0].contains("QUEUE_DIGITS"), "{problems:?}");
+        let problems = config(&[("MODEL_PATH", "/nonexistent/model.safetensors")]).unwrap_err();
+        assert!(problems[0].contains("MODEL_PATH"), "{problems:?}");
+    }
+
+    #[test]
+    fn flask_env_is_the_older_name() {
+        assert_eq!(
+            config(&[("FLASK_ENV", "development")])
+                .unwrap()
+                .telemetry
+                .format,
+            LogFormat::Pretty
+        );
+        assert_eq!(
+            config(&[("FLASK_ENV", "development"), ("APP_ENV", "production")])
+                .unwrap()
+                .telemetry
+                .format,
+            LogFormat::Json
+        );
+    }
+
+    #[test]
+    fn an_unmounted_folder_is_passed_over_with_a_warning() {
+        let found = config(&[
+            ("MODEL_PATH", "/nonexistent/models"),
+            ("MODEL_URI", "s3://b/k"),
+        ])
+        .unwrap();
+        assert_eq!(
+            found.engine.source,
+            Source::Uri("s3://b/k".parse().unwrap())
+        );
+        assert_eq!(found.warnings.len(), 1);
+        assert_eq!(config(&[("MODEL_PATH", "")]).unwrap().warnings.len(), 0);
+    }
+
+    #[test]
+    #[cfg(not(feature = "cuda"))]
+    fn a_device_that_was_not_compiled_in_is_refused_in_words() {
+        let problems = config(&[("DEVICE", "cuda")]).unwrap_err();
+        assert!(problems[0].contains("--features cuda"), "{problems:?}");
+    }
+
+    #[test]
+    fn the_readme_lists_every_variable() {
+        let readme = include_str!("../README.md");
+        for v in VARIABLES {
+            let default = if v.default.is_empty() {
+                "none".to_owned()
+            } else {
+                format!("`{}`", v.default)
+            };
+            let row = format!("| `{}` | {default} | {} |", v.name, v.meaning);
+            assert!(readme.contains(&row), "the README lacks: {row}");
+        }
+    }
+}

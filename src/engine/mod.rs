@@ -1,0 +1,245 @@
+//! TIME: when weights are loaded, what is drawn next, and what is given up.
+//!
+//! The first request that needs weights starts the load; all others that come meanwhile wait for the same
+//! one. A load that failed, or that nobody waits for any more, leaves the model cold, and the next request
+//! tries again. Digits are drawn by one thread a model, step by step, in batches that requests join and leave
+//! between steps. Every queue is bounded. Nothing here knows of HTTP.
+
+mod batcher;
+mod error;
+mod loader;
+mod memory;
+
+pub use error::{EngineError, LoadError};
+pub use loader::{LoadTimes, ModelInfo, ModelState, ModelStatus};
+pub use memory::Memory;
+
+use crate::model::{DeviceKind, SampleSpec};
+use crate::storage::{ModelUri, StorageConfig};
+use batcher::{Drawn, Job};
+use loader::{Loaded, Slot};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+
+/// Where the weights are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// Those compiled into the binary.
+    BuiltIn,
+    Uri(ModelUri),
+}
+
+/// What the engine may use, and what it draws with.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    pub source: Source,
+    pub storage: StorageConfig,
+    pub device: DeviceKind,
+    /// Bytes that the process may take, beside what the container allows.
+    pub memory_bytes_max: Option<u64>,
+    /// How long one load may take in all.
+    pub load_timeout: Duration,
+    /// Rows that the network computes at once; a digit drawn with guidance takes two.
+    pub batch_rows_max: usize,
+    /// Digits that may wait or be drawn at a time; what is beyond is refused at once.
+    pub queue_digits_max: usize,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            source: Source::BuiltIn,
+            storage: StorageConfig::default(),
+            device: DeviceKind::Cpu,
+            memory_bytes_max: None,
+            load_timeout: Duration::from_secs(240),
+            batch_rows_max: 32,
+            queue_digits_max: 4096,
+        }
+    }
+}
+
+/// What a request asks for. Numbers are in range; whether the classes exist, the model says.
+#[derive(Clone, Debug)]
+pub struct DrawRequest {
+    /// The model's name; none: the one that is served.
+    pub model: Option<String>,
+    /// Class names or indexes, one a digit, in order.
+    pub labels: Vec<String>,
+    /// Seed of the first digit; each next one has the next number.
+    pub seed: u64,
+    /// None: the model's own default.
+    pub steps: Option<usize>,
+    pub guidance: Option<f32>,
+}
+
+/// Draws digits. Cheap to clone.
+#[derive(Clone)]
+pub struct Engine {
+    slot: Arc<Slot>,
+    queue_digits_max: usize,
+}
+
+impl Engine {
+    /// Starts nothing: no thread, no client, no read.
+    pub fn new(config: EngineConfig) -> Self {
+        let queue_digits_max = config.queue_digits_max;
+        Self {
+            slot: Arc::new(Slot::new(config)),
+            queue_digits_max,
+        }
+    }
+
+    /// Loads the weights, if they are not loaded, and finds out what exactly is to be drawn.
+    ///
+    /// Dropping the future gives up a load that only it was waiting for.
+    ///
+    /// # Errors
+    /// [`EngineError`]: the load failed, the model or a class is unknown.
+    pub async fn prepare(&self, request: DrawRequest) -> Result<Plan, EngineError> {
+        if let Some(name) = &request.model
+            && !self.slot.is_called(name)
+        {
+            return Err(EngineError::UnknownModel {
+                name: name.clone(),
+                known: vec![self.slot.name()],
+            });
+        }
+        let asked = Instant::now();
+        let loaded = Slot::get(&self.slot).await?;
+        let specs = specs(&request, &loaded.info)?;
+        Ok(Plan {
+            load_wait: asked.elapsed(),
+            specs,
+            loaded,
+            digits_max: self.queue_digits_max,
+        })
+    }
+
+    /// The models and what they are doing.
+    pub fn models(&self) -> Vec<ModelStatus> {
+        vec![self.slot.status()]
+    }
+
+    /// Loads the weights without drawing.
+    ///
+    /// # Errors
+    /// [`LoadError`]
+    pub async fn load(&self) -> Result<Arc<ModelInfo>, LoadError> {
+        Slot::get(&self.slot)
+            .await
+            .map(|loaded: Arc<Loaded>| loaded.info.clone())
+    }
+}
+
+fn specs(request: &DrawRequest, info: &ModelInfo) -> Result<Vec<SampleSpec>, EngineError> {
+    let sampler = &info.header.sampler;
+    let (steps, guidance) = (
+        request.steps.unwrap_or(sampler.steps),
+        request.guidance.unwrap_or(sampler.guidance),
+    );
+    let spec = |(i, label): (usize, &String)| {
+        let label = info.label(label).ok_or_else(|| EngineError::UnknownClass {
+            label: label.clone(),
+            known: info.header.class_names.clone(),
+        })?;
+        Ok(SampleSpec {
+            label,
+            seed: request.seed.wrapping_add(i as u64),
+            steps,
+            guidance,
+        })
+    };
+    request.labels.iter().enumerate().map(spec).collect()
+}
+
+/// What will be drawn, and by which model. Nothing is queued yet.
+pub struct Plan {
+    /// How long the request waited for the model.
+    pub load_wait: Duration,
+    /// What is drawn, by index.
+    pub specs: Vec<SampleSpec>,
+    loaded: Arc<Loaded>,
+    digits_max: usize,
+}
+
+impl Plan {
+    /// The model that draws.
+    pub fn info(&self) -> &Arc<ModelInfo> {
+        &self.loaded.info
+    }
+
+    /// How long the model's load took, whenever that was.
+    pub fn load_times(&self) -> LoadTimes {
+        self.loaded.times
+    }
+
+    /// Queues the digits. Dropping the drawing takes out what is not drawn yet.
+    ///
+    /// # Errors
+    /// [`EngineError::QueueFull`] at once, never a wait.
+    pub fn start(self) -> Result<Drawing, EngineError> {
+        let (sender, receiver) = mpsc::channel(self.specs.len().max(1));
+        self.loaded
+            .batcher
+            .submit(Job::new(self.specs.clone(), sender), self.digits_max)?;
+        Ok(Drawing {
+            left: self.specs.len(),
+            specs: self.specs,
+            receiver,
+        })
+    }
+}
+
+/// One finished digit of a drawing.
+#[derive(Debug)]
+pub struct Digit {
+    /// Its place in the request.
+    pub index: usize,
+    pub label: usize,
+    pub seed: u64,
+    /// Height x width x channels.
+    pub pixels: Vec<u8>,
+    /// From the request's arrival in the queue to the first step.
+    pub queued: Duration,
+    /// From the first step to the last.
+    pub drawn: Duration,
+}
+
+/// Digits on their way, in order of completion.
+#[derive(Debug)]
+pub struct Drawing {
+    specs: Vec<SampleSpec>,
+    receiver: mpsc::Receiver<Drawn>,
+    left: usize,
+}
+
+impl Drawing {
+    /// The next digit to be done; none after the last.
+    ///
+    /// # Errors
+    /// [`EngineError::Model`] if the digit could not be computed, [`EngineError::Stopped`] if the generator ended.
+    pub async fn next(&mut self) -> Option<Result<Digit, EngineError>> {
+        if self.left == 0 {
+            return None;
+        }
+        let Some(drawn) = self.receiver.recv().await else {
+            self.left = 0;
+            return Some(Err(EngineError::Stopped));
+        };
+        self.left -= 1;
+        let spec = self.specs[drawn.index];
+        Some(match drawn.pixels {
+            Ok(pixels) => Ok(Digit {
+                index: drawn.index,
+                label: spec.label,
+                seed: spec.seed,
+                pixels,
+                queued: drawn.queued,
+                drawn: drawn.drawn,
+            }),
+            Err(error) => Err(error.into()),
+        })
+    }
+}

@@ -1,0 +1,34 @@
+//! PIXELS: pictures to sheets and PNG files. Pure functions.
+
+mod png;
+mod sheet;
+
+pub use png::encode;
+pub use sheet::{Grid, assemble, enlarge};
+
+/// 8-bit pixels, height x width x channels.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Picture {
+    pub width: usize,
+    pub height: usize,
+    /// 1 (grey) or 3 (RGB).
+    pub channels: usize,
+    pub pixels: Vec<u8>,
+}
+
+impl Picture {
+    /// An all-black picture.
+    pub fn black(width: usize, height: usize, channels: usize) -> Self {
+        Self {
+            width,
+            height,
+            channels,
+            pixels: vec![0; width * height * channels],
+        }
+    }
+
+    fn row(&self, y: usize) -> &[u8] {
+        let bytes = self.width * self.channels;
+        &self.pixels[y * bytes..(y + 1) * bytes]
+    }
+}

@@ -1,0 +1,24 @@
+//! TENSORS: safetensors bytes to a network, and a network to pictures.
+//!
+//! Everything here is synchronous and deterministic: a seed fixes the noise, the noise and the request's
+//! parameters fix the picture, whatever else is drawn in the same batch. Nothing here knows of tokio, hyper
+//! or object stores; bytes come in as an iterator of chunks, pictures go out as bytes.
+
+mod device;
+mod dit;
+mod error;
+mod generator;
+mod header;
+mod noise;
+mod weights;
+
+pub use device::{DeviceKind, open as open_device};
+pub use dit::Dit;
+pub use error::ModelError;
+pub use generator::{Generator, Row, SampleSpec, to_bytes};
+pub use header::{Architecture, Header, SamplerDefaults, TensorEntry};
+pub use noise::noise;
+pub use weights::{Weights, read, read_header};
+
+/// The weights compiled into the binary: the digits model that `scripts/train` made.
+pub static BUILT_IN: &[u8] = include_bytes!("mnist.safetensors");

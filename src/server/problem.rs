@@ -1,0 +1,366 @@
+//! Errors as answers (RFC 9457). Each status code is chosen here, once; the client reads what it can act on,
+//! the log reads the cause.
+
+use crate::api::{FieldError, Problem};
+use crate::engine::{EngineError, LoadError};
+use crate::storage::StorageError;
+use http::{HeaderValue, Response, StatusCode, header};
+use std::time::Duration;
+
+/// What went wrong, before it is an answer.
+#[derive(Debug)]
+pub(super) struct Failure {
+    pub(super) status: StatusCode,
+    /// Last part of the problem's type.
+    kind: &'static str,
+    title: &'static str,
+    detail: String,
+    errors: Vec<FieldError>,
+    retry_after: Option<Duration>,
+    /// Methods that the route knows.
+    allow: Option<&'static str>,
+}
+
+impl Failure {
+    fn new(
+        status: StatusCode,
+        kind: &'static str,
+        title: &'static str,
+        detail: impl Into<String>,
+    ) -> Self {
+        Self {
+            status,
+            kind,
+            title,
+            detail: detail.into(),
+            errors: Vec::new(),
+            retry_after: None,
+            allow: None,
+        }
+    }
+
+    /// One or more parameters that cannot be used.
+    pub(super) fn invalid(errors: Vec<FieldError>) -> Self {
+        let detail = errors
+            .iter()
+            .map(|e| format!("{}: {}", e.field, e.detail))
+            .collect::<Vec<_>>()
+            .join("; ");
+        Self {
+            errors,
+            ..Self::new(
+                StatusCode::BAD_REQUEST,
+                "invalid-parameter",
+                "A parameter is not valid",
+                detail,
+            )
+        }
+    }
+
+    pub(super) fn field(field: &str, detail: impl Into<String>) -> Self {
+        Self::invalid(vec![FieldError {
+            field: field.to_owned(),
+            detail: detail.into(),
+        }])
+    }
+
+    pub(super) fn not_found(path: &str) -> Self {
+        Self::new(
+            StatusCode::NOT_FOUND,
+            "not-found",
+            "There is nothing here",
+            format!("no route has the path `{}`", shown(path)),
+        )
+    }
+
+    pub(super) fn method(allow: &'static str) -> Self {
+        Self {
+            allow: Some(allow),
+            ..Self::new(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "method-not-allowed",
+                "The route does not know this method",
+                format!("allowed: {allow}"),
+            )
+        }
+    }
+
+    pub(super) fn not_acceptable() -> Self {
+        Self::new(
+            StatusCode::NOT_ACCEPTABLE,
+            "not-acceptable",
+            "No form of the answer is acceptable",
+            "Accept: this route answers with image/png",
+        )
+    }
+
+    pub(super) fn media_type() -> Self {
+        let detail = "Content-Type: expected application/json";
+        Self {
+            errors: vec![FieldError {
+                field: "Content-Type".to_owned(),
+                detail: "expected application/json".to_owned(),
+            }],
+            ..Self::new(
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                "unsupported-media-type",
+                "The body is no JSON",
+                detail,
+            )
+        }
+    }
+
+    pub(super) fn too_large(bytes_max: usize) -> Self {
+        Self::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "body-too-large",
+            "The body is too large",
+            format!("body: at most {bytes_max} bytes are read"),
+        )
+    }
+
+    pub(super) fn body_timeout() -> Self {
+        Self::new(
+            StatusCode::REQUEST_TIMEOUT,
+            "body-timeout",
+            "The body took too long to arrive",
+            "body: it did not arrive in time",
+        )
+    }
+
+    pub(super) fn body_broken() -> Self {
+        Self::new(
+            StatusCode::BAD_REQUEST,
+            "body-broken",
+            "The body could not be read",
+            "body: it ended before it was complete",
+        )
+    }
+
+    pub(super) fn request_timeout(after: Duration) -> Self {
+        let detail = format!(
+            "no answer within {} s; a model that was loading goes on while anyone waits for it",
+            after.as_secs()
+        );
+        Self {
+            retry_after: Some(Duration::from_secs(5)),
+            ..Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "request-timeout",
+                "The answer took too long",
+                detail,
+            )
+        }
+    }
+
+    pub(super) fn panicked() -> Self {
+        Self::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "internal",
+            "A bug",
+            "the request met a bug; its id is in the log",
+        )
+    }
+
+    /// The answer.
+    pub(super) fn into_response(self, request_id: &str) -> Response<super::routes::Body> {
+        let problem = Problem {
+            kind: format!("urn:image-generator:problem:{}", self.kind),
+            title: self.title.to_owned(),
+            status: self.status.as_u16(),
+            detail: self.detail,
+            request_id: request_id.to_owned(),
+            errors: self.errors,
+        };
+        let body = serde_json::to_vec_pretty(&problem).unwrap_or_default();
+        let mut response = Response::new(super::routes::Body::from(body));
+        *response.status_mut() = self.status;
+        let headers = response.headers_mut();
+        headers.insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/problem+json"),
+        );
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        if let Some(after) = self.retry_after {
+            headers.insert(
+                header::RETRY_AFTER,
+                HeaderValue::from(after.as_secs_f64().ceil() as u64),
+            );
+        }
+        if let Some(allow) = self.allow {
+            headers.insert(header::ALLOW, HeaderValue::from_static(allow));
+        }
+        response
+    }
+}
+
+/// A client's text as it may be repeated: short, without control characters.
+pub(super) fn shown(text: &str) -> String {
+    let short: String = text.chars().take(80).collect();
+    short.escape_debug().to_string()
+}
+
+impl From<EngineError> for Failure {
+    fn from(error: EngineError) -> Self {
+        match error {
+            EngineError::Load(error) => error.into(),
+            EngineError::UnknownModel { name, known } => {
+                let detail = format!(
+                    "no model is called `{}`; there is {}",
+                    shown(&name),
+                    known.join(", ")
+                );
+                let errors = vec![FieldError {
+                    field: "model".to_owned(),
+                    detail: detail.clone(),
+                }];
+                Self {
+                    errors,
+                    ..Self::new(
+                        StatusCode::NOT_FOUND,
+                        "unknown-model",
+                        "There is no such model",
+                        format!("model: {detail}"),
+                    )
+                }
+            }
+            EngineError::UnknownClass { label, known } => Self::field(
+                "label",
+                format!(
+                    "`{}` is nothing that the model draws; it draws {}",
+                    shown(&label),
+                    some_of(&known)
+                ),
+            ),
+            EngineError::QueueFull {
+                digits_max,
+                retry_after,
+            } => Self {
+                retry_after: Some(retry_after),
+                ..Self::new(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    "queue-full",
+                    "Too many digits are waiting",
+                    format!("more than {digits_max} digits are waiting; try again later"),
+                )
+            },
+            EngineError::Model(error) => Self::new(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "generation-failed",
+                "The digit could not be computed",
+                error.to_string(),
+            ),
+            EngineError::Stopped => Self {
+                retry_after: Some(Duration::from_secs(1)),
+                ..Self::new(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    "generator-stopped",
+                    "The generator stopped",
+                    "the generator stopped; the next request starts it anew",
+                )
+            },
+        }
+    }
+}
+
+fn some_of(names: &[String]) -> String {
+    let mut text = names
+        .iter()
+        .take(20)
+        .cloned()
+        .collect::<Vec<_>>()
+        .join(", ");
+    if names.len() > 20 {
+        text.push_str(&format!(" and {} more", names.len() - 20));
+    }
+    text
+}
+
+impl From<LoadError> for Failure {
+    fn from(error: LoadError) -> Self {
+        // The store's own words, addresses and credentials' names stay in the log.
+        let (status, kind, detail) = match &error {
+            LoadError::Storage(storage) => match storage {
+                StorageError::NotFound(_) => (
+                    StatusCode::BAD_GATEWAY,
+                    "weights-not-found",
+                    "the weights do not exist where they are said to be".to_owned(),
+                ),
+                StorageError::Denied { .. } => (
+                    StatusCode::BAD_GATEWAY,
+                    "weights-denied",
+                    "the store refuses access to the weights".to_owned(),
+                ),
+                StorageError::Digest { .. } => (
+                    StatusCode::BAD_GATEWAY,
+                    "weights-digest",
+                    storage.to_string(),
+                ),
+                StorageError::NoWeights(_) => (
+                    StatusCode::BAD_GATEWAY,
+                    "weights-not-found",
+                    "the folder holds no weights, or several".to_owned(),
+                ),
+                StorageError::Client { .. } => (
+                    StatusCode::BAD_GATEWAY,
+                    "store-client",
+                    "the client for the store of the weights cannot be built; the log says why"
+                        .to_owned(),
+                ),
+                StorageError::Io { .. } => (
+                    StatusCode::BAD_GATEWAY,
+                    "weights-unreadable",
+                    "the weights cannot be read; the log says why".to_owned(),
+                ),
+                StorageError::Unexpected { .. } | StorageError::Protocol(_) => (
+                    StatusCode::BAD_GATEWAY,
+                    "store-answer",
+                    "the store of the weights answered unexpectedly; the log says how".to_owned(),
+                ),
+                StorageError::Unavailable { .. }
+                | StorageError::Truncated { .. }
+                | StorageError::Changed
+                | StorageError::CacheCorrupt
+                | StorageError::Cancelled => (
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    "store-unavailable",
+                    "the store of the weights cannot be reached or is failing".to_owned(),
+                ),
+            },
+            LoadError::Model(crate::model::ModelError::Device(text)) => {
+                (StatusCode::INTERNAL_SERVER_ERROR, "device", text.clone())
+            }
+            LoadError::Model(model) => (
+                StatusCode::BAD_GATEWAY,
+                "weights-invalid",
+                model.to_string(),
+            ),
+            LoadError::TooLarge { .. } => (
+                StatusCode::INSUFFICIENT_STORAGE,
+                "model-too-large",
+                error.to_string(),
+            ),
+            LoadError::Timeout(_) => (
+                StatusCode::SERVICE_UNAVAILABLE,
+                "load-timeout",
+                error.to_string(),
+            ),
+            LoadError::Cancelled => (
+                StatusCode::SERVICE_UNAVAILABLE,
+                "load-cancelled",
+                error.to_string(),
+            ),
+            LoadError::Panicked => (
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "internal",
+                error.to_string(),
+            ),
+        };
+        let retry_after =
+            (status == StatusCode::SERVICE_UNAVAILABLE).then_some(Duration::from_secs(2));
+        Self {
+            retry_after,
+            ..Self::new(status, kind, "The model could not be loaded", detail)
+        }
+    }
+}
