@@ -14,14 +14,18 @@ Tensors of a golden file, in float32 unless said otherwise:
     sample.step.{i} [B, C, H, W], the state after step i, from 0; the last one is the end
     sample.bytes [B, C, H, W] (uint8)
 
-Their metadata has `steps`, `guidance` and `shift` of the sampler, as text. All is computed in float32 on the CPU.
+Their metadata has `steps`, `guidance` and `shift` of the sampler and `weights_sha256` of the file that they belong
+to, as text. All is computed in float32 on the CPU. Run it again whenever the default weights change.
 """
 
 import argparse
+import hashlib
+import json
 import os
+import struct
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 import dit
 
@@ -35,6 +39,16 @@ def arguments():
     p.add_argument("--out", required=True)
     p.add_argument("--seed", type=int, default=2026)
     return p.parse_args()
+
+
+def write(path: str, tensors: dict[str, torch.Tensor], meta: dict[str, str]):
+    """As safetensors' own save_file, which orders metadata by chance: here the same tensors are the same file."""
+    raw = save(tensors, meta)
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.dumps(json.loads(raw[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(header)) + header + raw[8 + length :])
 
 
 def small_weights(generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -61,7 +75,9 @@ def golden(path: str, times: list[float], labels: list[int], sample_labels: list
     out |= {"sample.noise": noise, "sample.label": label, "sample.bytes": dit.to_bytes(end)}
     out |= {f"sample.step.{i}": state for i, state in enumerate(states)}
     assert all(v.isfinite().all() for v in out.values())
-    return {k: v.contiguous() for k, v in out.items()}, {k: str(v) for k, v in vars(sampler).items()}
+    with open(path, "rb") as f:
+        meta = {"weights_sha256": hashlib.sha256(f.read()).hexdigest()} | {k: str(v) for k, v in vars(sampler).items()}
+    return {k: v.contiguous() for k, v in out.items()}, meta
 
 
 def main():
@@ -72,13 +88,13 @@ def main():
     place = lambda name: os.path.join(a.out, name)
     generator = torch.Generator().manual_seed(a.seed)
 
-    save_file(small_weights(generator), place("small.safetensors"), dit.metadata(SMALL, SMALL_SAMPLER, "small", ["red", "green", "blue"]))
+    write(place("small.safetensors"), small_weights(generator), dit.metadata(SMALL, SMALL_SAMPLER, "small", ["red", "green", "blue"]))
     tensors, meta = golden(place("small.safetensors"), [0.0, 0.3, 0.62, 0.95], [0, 2, SMALL.classes, 1], [0, 1, 2], [0, 1], generator)
-    save_file(tensors, place("small-golden.safetensors"), meta)
+    write(place("small-golden.safetensors"), tensors, meta)
     # Of the default model's blocks the first and the last: all of them would be a larger file, and no better test.
     depth = dit.load(a.weights)[0].config.depth
     tensors, meta = golden(a.weights, [0.0, 0.5, 0.75], [3, 10, 7], [0, 4, 8], [0, depth - 1], generator)
-    save_file(tensors, place("mnist-golden.safetensors"), meta)
+    write(place("mnist-golden.safetensors"), tensors, meta)
     for name in ("small.safetensors", "small-golden.safetensors", "mnist-golden.safetensors"):
         print(f"{os.path.getsize(place(name)):>9,} bytes  {name}")
 
