@@ -106,6 +106,10 @@ pub(super) fn one(
 
 /// `POST /v1/generate`
 pub(super) fn many(body: &[u8], config: &ServerConfig) -> Result<Draw, Failure> {
+    // Serde would also read a list as the fields in their order.
+    if body.trim_ascii_start().first() != Some(&b'{') {
+        return Err(Failure::field("body", "expected a JSON object"));
+    }
     let mut json = serde_json::Deserializer::from_slice(body);
     let body: GenerateRequest = serde_path_to_error::deserialize(&mut json).map_err(|e| {
         let path = e.path().to_string();

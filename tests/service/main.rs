@@ -1,1 +1,3 @@
-fn main() {}
+//! The product as its users meet it: processes, sockets, stores and files.
+
+mod parity;
