@@ -106,6 +106,8 @@ impl Cli {
         };
         match result {
             Ok(()) => ExitCode::SUCCESS,
+            // Whoever reads the output has read enough, as `| head` does.
+            Err(error) if is_broken_pipe(&*error) => ExitCode::SUCCESS,
             Err(error) => {
                 eprintln!("error: {}", telemetry::chain(&*error));
                 ExitCode::FAILURE
@@ -115,6 +117,12 @@ impl Cli {
 }
 
 type Outcome = Result<(), Box<dyn Error>>;
+
+fn is_broken_pipe(error: &(dyn Error + 'static)) -> bool {
+    error
+        .downcast_ref::<std::io::Error>()
+        .is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+}
 
 /// The port is open before there is a runtime to serve it: whoever connects meanwhile waits in its queue.
 fn serve(config: Config, started: Instant) -> Outcome {

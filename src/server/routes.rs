@@ -77,7 +77,7 @@ impl App {
         finish(response.headers_mut(), &id);
         let status = response.status().as_u16();
         let _in_span = span.enter();
-        let duration_ms = started.elapsed().as_secs_f64() * 1000.0;
+        let duration_ms = (started.elapsed().as_secs_f64() * 100_000.0).round() / 100.0;
         // Probes come every few seconds and say nothing new.
         if status < 400 && path.starts_with("/health") {
             tracing::debug!(%method, path, status, duration_ms, "request");

@@ -1,6 +1,6 @@
 //! The Hugging Face Hub: a revision becomes a commit once, and every request names the commit.
 //!
-//! HF_ENDPOINT (default https://huggingface.co) and HF_TOKEN are the Hub's own variables.
+//! HF_ENDPOINT (default <https://huggingface.co>) and HF_TOKEN are the Hub's own variables.
 
 use super::error::Cause;
 use super::{StorageConfig, StorageError};
