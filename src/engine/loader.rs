@@ -298,7 +298,7 @@ fn read(
     config: &EngineConfig,
 ) -> Result<Read, LoadError> {
     let device = open_device(config.device)?;
-    let weights = model::read(chunks, beside, &device, |header| admit(header, config))?;
+    let weights = model::read(chunks, beside, |header| admit(header, config))?;
     Ok(Read { weights, device })
 }
 

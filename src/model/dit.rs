@@ -57,15 +57,10 @@ pub struct Condition {
 
 impl Dit {
     /// Takes the tensors over. Their names and shapes were checked with the header.
-    pub fn new(mut weights: Weights, device: &Device) -> std::result::Result<Self, ModelError> {
+    pub fn new(weights: Weights, device: &Device) -> std::result::Result<Self, ModelError> {
         let architecture = weights.header.architecture.clone();
-        let mut take = |name: String| {
-            weights
-                .tensors
-                .remove(&name)
-                .ok_or(ModelError::TensorMissing { name })
-        };
-        let mut linear = |name: &str| -> std::result::Result<Linear, ModelError> {
+        let take = |name: String| weights.tensor(&name, device);
+        let linear = |name: &str| -> std::result::Result<Linear, ModelError> {
             Ok(Linear::new(
                 take(format!("{name}.weight"))?,
                 Some(take(format!("{name}.bias"))?),

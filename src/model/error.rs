@@ -26,6 +26,9 @@ pub enum ModelError {
     /// A tensor has a number format that cannot be read.
     #[error("tensor `{name}` has dtype {dtype}; F32, F16 and BF16 can be read")]
     TensorDtype { name: String, dtype: String },
+    /// The system gives no memory for the tensors.
+    #[error("no memory for {bytes} bytes of weights: {reason}")]
+    Memory { bytes: u64, reason: String },
     /// The device was not compiled in, or is not there.
     #[error("{0}")]
     Device(String),

@@ -4,6 +4,7 @@
 //! parameters fix the picture, whatever else is drawn in the same batch. Nothing here knows of tokio, hyper
 //! or object stores; bytes come in as an iterator of chunks, pictures go out as bytes.
 
+mod arena;
 mod device;
 mod dit;
 mod error;
@@ -12,13 +13,14 @@ mod header;
 mod noise;
 mod weights;
 
+pub use arena::{ALIGN_BYTES, Arena};
 pub use device::{DeviceKind, open as open_device};
 pub use dit::Dit;
 pub use error::ModelError;
 pub use generator::{Generator, Row, SampleSpec, to_bytes};
 pub use header::{Architecture, Header, SamplerDefaults, TensorEntry};
 pub use noise::noise;
-pub use weights::{Weights, read, read_header};
+pub use weights::{Slot, Weights, read, read_header};
 
 /// The weights compiled into the binary: the digits model that `scripts/train` made.
 pub static BUILT_IN: &[u8] = include_bytes!("mnist.safetensors");

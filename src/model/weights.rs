@@ -1,20 +1,117 @@
-//! Bytes to tensors: chunks of a safetensors file, in order, straight into the tensors' own buffers.
+//! Bytes to tensors: a safetensors file straight into the tensors' own memory.
 //!
-//! A chunk may end anywhere, in the middle of a number too. Each value is converted to f32 as it arrives, and
-//! a full buffer is handed to candle, which takes it over without a copy: at no time is there a second copy
-//! of the weights, and never a whole-file buffer.
+//! All tensors of a model lie in one [`Arena`], in the number format of the file, each aligned. Whoever has the
+//! bytes writes them into [`Slot`]s, in any order and from several sides at once; nothing is copied a second time, and
+//! there never is a whole-file buffer.
 
+use super::arena::{ALIGN_BYTES, Arena};
+use super::header::TensorEntry;
 use super::{Header, ModelError};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use safetensors::Dtype;
 use std::collections::HashMap;
+use std::ops::Range;
 
-/// The header and every tensor of a weights file, on the device, in f32.
+/// The header and every tensor of a model, as the file has them.
 pub struct Weights {
     pub header: Header,
-    pub tensors: HashMap<String, Tensor>,
+    arena: Arena,
+    places: HashMap<String, (usize, Range<usize>)>,
+}
+
+/// A tensor's memory, and which bytes of the file belong there.
+pub struct Slot<'a> {
+    pub file: Range<u64>,
+    pub bytes: &'a mut [u8],
+}
+
+impl Weights {
+    /// Memory for the tensors of a header, still zero.
+    ///
+    /// # Errors
+    /// [`ModelError::Memory`]
+    pub fn allocate(header: Header) -> Result<Self, ModelError> {
+        let mut places = HashMap::with_capacity(header.tensors.len());
+        let mut at = 0_usize;
+        for (i, entry) in header.tensors.iter().enumerate() {
+            places.insert(entry.name.clone(), (i, at..at + entry.bytes));
+            at = (at + entry.bytes).next_multiple_of(ALIGN_BYTES);
+        }
+        Ok(Self {
+            arena: Arena::new(at)?,
+            header,
+            places,
+        })
+    }
+
+    /// Every tensor's memory, in the order of the file.
+    pub fn slots(&mut self) -> Vec<Slot<'_>> {
+        let mut rest: &mut [u8] = &mut self.arena;
+        let mut file = self.header.header_bytes;
+        let mut slots = Vec::with_capacity(self.header.tensors.len());
+        for entry in &self.header.tensors {
+            let (bytes, after) = rest.split_at_mut(entry.bytes);
+            let padding = entry.bytes.next_multiple_of(ALIGN_BYTES) - entry.bytes;
+            rest = &mut after[padding..];
+            slots.push(Slot {
+                file: file..file + entry.bytes as u64,
+                bytes,
+            });
+            file += entry.bytes as u64;
+        }
+        slots
+    }
+
+    fn place(&self, name: &str) -> Result<(usize, Range<usize>), ModelError> {
+        let place = self.places.get(name).cloned();
+        place.ok_or_else(|| ModelError::TensorMissing {
+            name: name.to_owned(),
+        })
+    }
+
+    /// What the header says of a tensor, and its little-endian values.
+    ///
+    /// # Errors
+    /// [`ModelError::TensorMissing`]
+    pub fn tensor_bytes(&self, name: &str) -> Result<(&TensorEntry, &[u8]), ModelError> {
+        let (i, range) = self.place(name)?;
+        Ok((&self.header.tensors[i], &self.arena[range]))
+    }
+
+    /// The same, to be changed: a tensor may be brought into a kernel's own order in place.
+    ///
+    /// # Errors
+    /// [`ModelError::TensorMissing`]
+    pub fn tensor_bytes_mut(
+        &mut self,
+        name: &str,
+    ) -> Result<(&TensorEntry, &mut [u8]), ModelError> {
+        let (i, range) = self.place(name)?;
+        Ok((&self.header.tensors[i], &mut self.arena[range]))
+    }
+
+    /// A copy of a tensor's values.
+    ///
+    /// # Errors
+    /// [`ModelError::TensorMissing`]
+    pub fn values(&self, name: &str) -> Result<Vec<f32>, ModelError> {
+        let (entry, bytes) = self.tensor_bytes(name)?;
+        let mut values = Vec::with_capacity(entry.shape.iter().product());
+        convert(entry.dtype, bytes, &mut values);
+        Ok(values)
+    }
+
+    /// A copy of a tensor in f32 on a device.
+    ///
+    /// # Errors
+    /// [`ModelError::TensorMissing`], or the device's own.
+    pub fn tensor(&self, name: &str, device: &Device) -> Result<Tensor, ModelError> {
+        let (entry, _) = self.tensor_bytes(name)?;
+        let shape = entry.shape.as_slice();
+        Ok(Tensor::from_vec(self.values(name)?, shape, device)?)
+    }
 }
 
 /// Reads chunks up to the end of the header. Also given back: what arrived beyond it.
@@ -49,126 +146,49 @@ pub fn read_header<E: From<ModelError>>(
     }
 }
 
-/// Reads a whole weights file from its chunks. `admit` sees the header before the first tensor is allocated
-/// and may refuse it; `beside` is the text of a `config.json` next to the file.
+/// Reads a whole weights file from its chunks, which may end anywhere. `admit` sees the header before memory is
+/// taken and may refuse it; `beside` is the text of a `config.json` next to the file.
 ///
 /// # Errors
 /// The first error of `chunks` or `admit`, or a [`ModelError`] for bytes that are no usable weights.
 pub fn read<E: From<ModelError>>(
     chunks: impl IntoIterator<Item = Result<impl AsRef<[u8]>, E>>,
     beside: Option<&str>,
-    device: &Device,
     admit: impl FnOnce(&Header) -> Result<(), E>,
 ) -> Result<Weights, E> {
     let mut chunks = chunks.into_iter();
     let (header, first) = read_header(&mut chunks, beside)?;
     admit(&header)?;
-
-    let mut assembly = Assembly::new(&header, device);
-    assembly.push(&first)?;
+    let expected = header.file_bytes;
+    let mut seen = header.header_bytes;
+    let mut weights = Weights::allocate(header)?;
+    let mut slots = weights.slots().into_iter();
+    let mut into: &mut [u8] = &mut [];
+    let mut push = |mut chunk: &[u8]| {
+        seen += chunk.len() as u64;
+        while !chunk.is_empty() {
+            if into.is_empty() {
+                let Some(slot) = slots.next() else {
+                    break;
+                };
+                into = slot.bytes;
+            }
+            let n = chunk.len().min(into.len());
+            let (now, rest) = std::mem::take(&mut into).split_at_mut(n);
+            now.copy_from_slice(&chunk[..n]);
+            (into, chunk) = (rest, &chunk[n..]);
+        }
+        seen
+    };
+    let mut actual = push(&first);
     drop(first);
     for chunk in chunks {
-        assembly.push(chunk?.as_ref())?;
+        actual = push(chunk?.as_ref());
     }
-    let tensors = assembly.finish()?;
-    Ok(Weights { header, tensors })
-}
-
-/// Tensors in the making: those before `at` are done, the one at `at` is being filled.
-struct Assembly<'a> {
-    header: &'a Header,
-    device: &'a Device,
-    at: usize,
-    buffer: Vec<f32>,
-    /// The first bytes of a value whose rest is in the next chunk.
-    rest: Vec<u8>,
-    seen: u64,
-    tensors: HashMap<String, Tensor>,
-}
-
-impl<'a> Assembly<'a> {
-    fn new(header: &'a Header, device: &'a Device) -> Self {
-        let mut assembly = Self {
-            header,
-            device,
-            at: 0,
-            buffer: Vec::new(),
-            rest: Vec::new(),
-            seen: header.header_bytes,
-            tensors: HashMap::new(),
-        };
-        assembly.start();
-        assembly
+    if actual != expected {
+        return Err(ModelError::Length { expected, actual }.into());
     }
-
-    fn start(&mut self) {
-        if let Some(entry) = self.header.tensors.get(self.at) {
-            self.buffer = Vec::with_capacity(entry.shape.iter().product());
-        }
-    }
-
-    fn push(&mut self, mut chunk: &[u8]) -> Result<(), ModelError> {
-        self.seen += chunk.len() as u64;
-        while !chunk.is_empty() {
-            let Some(entry) = self.header.tensors.get(self.at) else {
-                return Err(ModelError::Length {
-                    expected: self.header.file_bytes,
-                    actual: self.seen,
-                });
-            };
-            let size = entry.dtype.bitsize() / 8;
-            let missing = self.buffer.capacity().min(entry.bytes / size) - self.buffer.len();
-            if self.rest.is_empty() {
-                let whole = (chunk.len() / size).min(missing) * size;
-                convert(entry.dtype, &chunk[..whole], &mut self.buffer);
-                chunk = &chunk[whole..];
-                if whole / size < missing {
-                    self.rest.extend_from_slice(chunk);
-                    chunk = &[];
-                }
-            } else {
-                let n = (size - self.rest.len()).min(chunk.len());
-                self.rest.extend_from_slice(&chunk[..n]);
-                chunk = &chunk[n..];
-                if self.rest.len() == size {
-                    convert(entry.dtype, &self.rest, &mut self.buffer);
-                    self.rest.clear();
-                }
-            }
-            self.complete()?;
-        }
-        Ok(())
-    }
-
-    /// Hands every full buffer to candle, empty tensors included.
-    fn complete(&mut self) -> Result<(), ModelError> {
-        while let Some(entry) = self.header.tensors.get(self.at) {
-            if self.buffer.len() < entry.shape.iter().product() {
-                break;
-            }
-            let tensor = Tensor::from_vec(
-                std::mem::take(&mut self.buffer),
-                entry.shape.as_slice(),
-                self.device,
-            )?;
-            debug_assert_eq!(tensor.dtype(), DType::F32);
-            self.tensors.insert(entry.name.clone(), tensor);
-            self.at += 1;
-            self.start();
-        }
-        Ok(())
-    }
-
-    fn finish(mut self) -> Result<HashMap<String, Tensor>, ModelError> {
-        self.complete()?;
-        if self.at < self.header.tensors.len() {
-            return Err(ModelError::Length {
-                expected: self.header.file_bytes,
-                actual: self.seen,
-            });
-        }
-        Ok(self.tensors)
-    }
+    Ok(weights)
 }
 
 /// Appends little-endian values of `dtype` to `out` as f32. `bytes` holds whole values.
@@ -209,16 +229,14 @@ fn convert(dtype: Dtype, bytes: &[u8], out: &mut Vec<f32>) {
 mod tests {
     use super::*;
 
+    fn read_built_in(
+        chunks: impl IntoIterator<Item = &'static [u8]>,
+    ) -> Result<Weights, ModelError> {
+        read(chunks.into_iter().map(Ok), None, |_| Ok(()))
+    }
+
     fn built_in(chunk: usize) -> Weights {
-        read(
-            super::super::BUILT_IN
-                .chunks(chunk)
-                .map(Ok::<_, ModelError>),
-            None,
-            &Device::Cpu,
-            |_| Ok(()),
-        )
-        .unwrap()
+        read_built_in(super::super::BUILT_IN.chunks(chunk)).unwrap()
     }
 
     #[test]
@@ -226,41 +244,24 @@ mod tests {
         let whole = built_in(usize::MAX);
         for chunk in [1 << 20, 4097, 1001] {
             let parts = built_in(chunk);
-            for (name, tensor) in &whole.tensors {
-                let a = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-                let b = parts.tensors[name]
-                    .flatten_all()
-                    .unwrap()
-                    .to_vec1::<f32>()
-                    .unwrap();
+            for name in whole.places.keys() {
+                let (_, a) = whole.tensor_bytes(name).unwrap();
+                let (_, b) = parts.tensor_bytes(name).unwrap();
                 assert_eq!(a, b, "{name} in chunks of {chunk}");
             }
         }
     }
 
     #[test]
-    fn bytes_agree_with_the_safetensors_crate() {
+    fn values_agree_with_the_safetensors_crate() {
         let ours = built_in(65_537);
         let reference =
             candle_core::safetensors::load_buffer(super::super::BUILT_IN, &Device::Cpu).unwrap();
-        assert_eq!(ours.tensors.len(), reference.len());
+        assert_eq!(ours.header.tensors.len(), reference.len());
         for (name, tensor) in reference {
-            let a = tensor
-                .to_dtype(DType::F32)
-                .unwrap()
-                .flatten_all()
-                .unwrap()
-                .to_vec1::<f32>()
-                .unwrap();
-            assert_eq!(
-                a,
-                ours.tensors[&name]
-                    .flatten_all()
-                    .unwrap()
-                    .to_vec1::<f32>()
-                    .unwrap(),
-                "{name}"
-            );
+            let theirs = tensor.to_dtype(candle_core::DType::F32).unwrap();
+            let theirs = theirs.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            assert_eq!(ours.values(&name).unwrap(), theirs, "{name}");
         }
     }
 
@@ -268,23 +269,13 @@ mod tests {
     fn every_truncation_and_excess_is_an_error() {
         let bytes = super::super::BUILT_IN;
         for n in [0, 7, 8, 100, 5000, bytes.len() / 2, bytes.len() - 1] {
-            let result = read(
-                [Ok::<_, ModelError>(&bytes[..n])],
-                None,
-                &Device::Cpu,
-                |_| Ok(()),
-            );
+            let result = read_built_in([&bytes[..n]]);
             assert!(
                 matches!(result.err(), Some(ModelError::Length { .. })),
                 "{n} bytes"
             );
         }
-        let result = read(
-            [Ok::<_, ModelError>(bytes), Ok(&[0])],
-            None,
-            &Device::Cpu,
-            |_| Ok(()),
-        );
+        let result = read_built_in([bytes, &[0]]);
         assert!(matches!(result.err(), Some(ModelError::Length { .. })));
     }
 }

@@ -45,7 +45,7 @@ fn sha256(bytes: &[u8]) -> String {
 
 fn weights(bytes: &'static [u8]) -> Weights {
     let chunks = bytes.chunks(1000).map(Ok::<_, ModelError>);
-    model::read(chunks, None, &Device::Cpu, |_| Ok(())).unwrap()
+    model::read(chunks, None, |_| Ok(())).unwrap()
 }
 
 fn assert_near(ours: &[f32], theirs: &[f32], what: &str) {
