@@ -113,6 +113,9 @@ pub struct ModelEntry {
     pub bytes_arrived: u64,
     /// 0 while unknown.
     pub bytes_total: u64,
+    /// While it is loading: until the rest has arrived, at the speed so far.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seconds_left: Option<u64>,
     /// Why the last load failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
@@ -132,6 +135,8 @@ pub struct ReadyModel {
     pub device: String,
     /// `built-in`, `file`, `cache` or `store`.
     pub origin: String,
+    /// `sha256`, `chunks`, or `length` where nobody gave a digest.
+    pub verified: String,
     pub default_steps: usize,
     pub default_guidance: f32,
 }

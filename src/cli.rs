@@ -3,10 +3,10 @@
 use crate::api::{Digits, GenerateRequest, Layout};
 use crate::client::{Client, ClientConfig};
 use crate::config::{Config, VARIABLES};
-use crate::engine::{DrawRequest, Engine, ModelState};
+use crate::engine::{self, DrawRequest, Engine, ModelState};
 use crate::image::{Grid, Picture, assemble, encode, enlarge};
-use crate::model::{self, Header, ModelError};
-use crate::storage::{self, ModelUri, Progress, Storage, StorageError};
+use crate::model::{self, Header};
+use crate::storage::{self, ModelUri, Progress, Storage};
 use crate::{server, telemetry};
 use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -139,6 +139,12 @@ fn serve(config: Config, started: Instant) -> Outcome {
     let drained = runtime.block_on(async {
         let listener = tokio::net::TcpListener::from_std(listener)?;
         let engine = Engine::new(config.engine);
+        engine.watch_idle();
+        if config.preload {
+            let engine = engine.clone();
+            // A failure is in the log, and the first request tries again.
+            tokio::spawn(async move { engine.load().await.map(drop) });
+        }
         Ok::<_, std::io::Error>(
             server::serve(listener, engine, config.server, started, shutdown_signal()?).await,
         )
@@ -306,7 +312,7 @@ async fn watched<T>(engine: &Engine, work: impl Future<Output = T>) -> T {
                 return result;
             }
             () = tokio::time::sleep(Duration::from_millis(100)) => {
-                if let Some(status) = engine.models().into_iter().find(|m| m.state == ModelState::Loading && m.bytes_total > 0) {
+                if let Some(status) = engine.loaded().into_iter().find(|m| m.state == ModelState::Loading && m.bytes_total > 0) {
                     shown.get_or_insert_with(|| bar(status.bytes_total, BYTES_BAR)).set_position(status.bytes_arrived);
                 }
             }
@@ -336,59 +342,34 @@ fn inspect(place: &str, config: Config) -> Outcome {
         true,
     );
     let header = if place == "built-in" {
-        model::read_header(
-            &mut [Ok::<_, ModelError>(model::BUILT_IN)].into_iter(),
-            None,
-        )?
-        .0
+        model::from_bytes(model::BUILT_IN)?.header
     } else {
-        let uri: ModelUri = if place.contains("://") {
-            place.parse()?
-        } else {
-            ModelUri::File(PathBuf::from(place))
-        };
-        runtime()?.block_on(header(uri, config))?
+        runtime()?.block_on(header(place_of(place)?, config))?
     };
     print_header(&header)?;
     Ok(())
 }
 
-/// The header alone: the rest is not fetched.
+/// A URI, or a path.
+fn place_of(text: &str) -> Result<ModelUri, storage::InvalidUri> {
+    if text.contains("://") {
+        text.parse()
+    } else {
+        Ok(ModelUri::File(PathBuf::from(text)))
+    }
+}
+
+/// The headers alone: the rest is not fetched.
 async fn header(uri: ModelUri, config: Config) -> Result<Header, Box<dyn Error>> {
-    // Small ranges, one at a time, no cache and no digest: most headers are within the first.
     let storage = storage::StorageConfig {
         cache_dir: None,
         sha256: None,
-        range_bytes: 256 << 10,
-        range_concurrency: 1,
         ..config.engine.storage
     };
-    let mut weights = Storage::new(storage)
+    let mut opened = Storage::new(storage)
         .open(&uri, Arc::<Progress>::default())
         .await?;
-    let read = tokio::task::spawn_blocking(move || {
-        let beside = weights.beside().map(str::to_owned);
-        let size = weights.size();
-        let mut chunks = (&mut weights).map(|c| c.map_err(InspectError::from));
-        let (header, _) = model::read_header(&mut chunks, beside.as_deref())?;
-        if header.file_bytes != size {
-            return Err(ModelError::Length {
-                expected: header.file_bytes,
-                actual: size,
-            }
-            .into());
-        }
-        Ok::<_, InspectError>(header)
-    });
-    Ok(read.await??)
-}
-
-#[derive(Debug, thiserror::Error)]
-enum InspectError {
-    #[error(transparent)]
-    Storage(#[from] StorageError),
-    #[error(transparent)]
-    Model(#[from] ModelError),
+    Ok(engine::headers(&mut opened).await?.0)
 }
 
 fn print_header(header: &Header) -> std::io::Result<()> {
@@ -427,7 +408,7 @@ fn print_header(header: &Header) -> std::io::Result<()> {
     writeln!(
         out,
         "file        {} bytes; in memory {} bytes",
-        header.file_bytes,
+        header.file_bytes(),
         header.resident_bytes()
     )?;
     for t in &header.tensors {

@@ -3,7 +3,7 @@
 use crate::engine::{EngineConfig, Source};
 use crate::model::DeviceKind;
 use crate::server::ServerConfig;
-use crate::storage::{self, ModelUri, StorageConfig};
+use crate::storage::{self, ModelName, ModelUri, Place, StorageConfig};
 use crate::telemetry::{LogFormat, TelemetryConfig};
 use serde::Deserialize;
 use std::net::{IpAddr, SocketAddr};
@@ -53,13 +53,42 @@ pub const VARIABLES: &[Variable] = &[
     variable(
         "MODEL_URI",
         "",
-        "where weights are otherwise: s3://, gs://, az://, https://, hf:// or file://; without it, the built-in ones",
+        "where weights are otherwise: s3://, gs://, az://, https://, hf:// or file://; with a / at its end, a folder of models by name; without it, the built-in ones",
     ),
-    variable("MODEL_SHA256", "", "SHA-256 that the weights must have"),
+    variable(
+        "MODEL_DEFAULT",
+        "",
+        "of a folder of models, the one that a request without a name gets",
+    ),
+    variable(
+        "MODEL_SHA256",
+        "",
+        "SHA-256 that the weights, or their .chunks.json, must have; without it, a .sha256 or .chunks.json beside them says",
+    ),
+    variable(
+        "MODEL_PRELOAD",
+        "false",
+        "true: the load begins at start, and the port is open meanwhile",
+    ),
+    variable(
+        "MODEL_IDLE_UNLOAD_SECS",
+        "",
+        "how long a model may be unused before it leaves memory; without it, until others need the room",
+    ),
     variable(
         "MODEL_CACHE_DIR",
         "",
         "folder for fetched weights, kept for the next start; without it nothing is written to disk",
+    ),
+    variable(
+        "MODEL_CACHE_MAX_MB",
+        "10240",
+        "what that folder may hold; models used longest ago leave first",
+    ),
+    variable(
+        "MODEL_CACHE_IN_MEMORY",
+        "false",
+        "true: the folder is used even if its file system is memory, as Cloud Run's is",
     ),
     variable(
         "MAX_MEMORY_MB",
@@ -76,11 +105,15 @@ pub const VARIABLES: &[Variable] = &[
         "10",
         "how long a store may send nothing before a request to it is made again",
     ),
-    variable("RANGE_MB", "8", "size of one ranged request to a store"),
+    variable(
+        "RANGE_MB",
+        "8",
+        "largest range that one request to a store asks for",
+    ),
     variable(
         "RANGE_CONCURRENCY",
-        "8",
-        "ranged requests at a time; this x RANGE_MB may wait in memory",
+        "32",
+        "ranged requests to a store at a time",
     ),
     variable(
         "BATCH_ROWS",
@@ -133,8 +166,13 @@ struct Raw {
     device: Option<String>,
     model_path: Option<String>,
     model_uri: Option<String>,
+    model_default: Option<String>,
     model_sha256: Option<String>,
+    model_preload: Option<String>,
+    model_idle_unload_secs: Option<String>,
     model_cache_dir: Option<String>,
+    model_cache_max_mb: Option<String>,
+    model_cache_in_memory: Option<String>,
     max_memory_mb: Option<String>,
     load_timeout_secs: Option<String>,
     stall_timeout_secs: Option<String>,
@@ -159,6 +197,8 @@ pub struct Config {
     pub telemetry: TelemetryConfig,
     pub engine: EngineConfig,
     pub server: ServerConfig,
+    /// Whether the load begins at start.
+    pub preload: bool,
     /// What is legal, and yet may not be what was meant.
     pub warnings: Vec<String>,
 }
@@ -259,6 +299,15 @@ impl Check {
         }
     }
 
+    fn flag(&mut self, name: &str, value: Option<String>) -> bool {
+        self.parsed(name, value, "true or false", |t| match t {
+            "true" | "1" => Some(true),
+            "false" | "0" => Some(false),
+            _ => None,
+        })
+        .unwrap_or_default()
+    }
+
     fn seconds(&mut self, name: &str, value: Option<String>, low: u64, high: u64) -> Duration {
         Duration::from_secs(self.number(name, value, low, high))
     }
@@ -304,6 +353,13 @@ fn build(raw: Raw, check: &mut Check) -> Config {
     }
     let storage = StorageConfig {
         cache_dir: raw.model_cache_dir.map(PathBuf::from),
+        cache_bytes_max: check.number::<u64>(
+            "MODEL_CACHE_MAX_MB",
+            raw.model_cache_max_mb,
+            1,
+            1 << 30,
+        ) << 20,
+        cache_in_memory: check.flag("MODEL_CACHE_IN_MEMORY", raw.model_cache_in_memory),
         sha256: check.parsed(
             "MODEL_SHA256",
             raw.model_sha256,
@@ -319,8 +375,29 @@ fn build(raw: Raw, check: &mut Check) -> Config {
     if source == Source::BuiltIn && storage.sha256.is_some() && check.problems.is_empty() {
         check.problems.push("MODEL_SHA256 is set, but neither MODEL_PATH nor MODEL_URI leads to weights that it could belong to".to_owned());
     }
+    let default_model = check.parsed(
+        "MODEL_DEFAULT",
+        raw.model_default,
+        "the name of a model",
+        |t| t.parse::<ModelName>().ok().map(|name| name.to_string()),
+    );
+    if default_model.is_some() && !matches!(source, Source::Catalogue(_)) {
+        warnings.push("MODEL_DEFAULT is set, but MODEL_URI names no folder of models (it would end in /); it is passed over".to_owned());
+    }
+    if storage.sha256.is_some() && matches!(source, Source::Catalogue(_)) {
+        check.problems.push("MODEL_SHA256 is set, but MODEL_URI names a folder of models, which have a digest each: let a .sha256 or .chunks.json lie beside them".to_owned());
+    }
     let engine = EngineConfig {
         source,
+        default_model,
+        idle_unload: check
+            .optional_number::<u64>(
+                "MODEL_IDLE_UNLOAD_SECS",
+                raw.model_idle_unload_secs,
+                1,
+                1 << 30,
+            )
+            .map(Duration::from_secs),
         storage,
         device,
         memory_bytes_max: check
@@ -354,6 +431,7 @@ fn build(raw: Raw, check: &mut Check) -> Config {
         telemetry,
         engine,
         server,
+        preload: check.flag("MODEL_PRELOAD", raw.model_preload),
         warnings,
     }
 }
@@ -366,13 +444,17 @@ fn source(
     warnings: &mut Vec<String>,
 ) -> Source {
     let uri = uri.and_then(|text| {
-        let parsed = text.trim().parse::<ModelUri>();
+        let parsed = text.trim().parse::<Place>();
         if let Err(error) = &parsed {
             check.problems.push(format!("MODEL_URI: {error}"));
         }
         parsed.ok()
     });
-    let otherwise = uri.map_or(Source::BuiltIn, Source::Uri);
+    let otherwise = match uri {
+        None => Source::BuiltIn,
+        Some(Place::Model(uri)) => Source::Uri(uri),
+        Some(Place::Catalogue(catalogue)) => Source::Catalogue(catalogue),
+    };
     let Some(path) = path.map(PathBuf::from) else {
         return otherwise;
     };

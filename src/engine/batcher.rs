@@ -58,7 +58,12 @@ struct Load {
 }
 
 impl Batcher {
-    pub(super) fn start(generator: Generator, rows_max: usize) -> Self {
+    /// `memory` is dropped after the generator is: it stands for the memory that the generator takes.
+    pub(super) fn start(
+        generator: Generator,
+        rows_max: usize,
+        memory: impl Send + 'static,
+    ) -> Self {
         let (jobs, receiver) = mpsc::channel(JOBS_MAX);
         let load = Arc::new(Load::default());
         let thread = Thread {
@@ -71,7 +76,10 @@ impl Batcher {
         };
         std::thread::Builder::new()
             .name("batcher".to_owned())
-            .spawn(move || thread.run())
+            .spawn(move || {
+                let _memory = memory;
+                thread.run();
+            })
             .expect("a thread can be started");
         Self { jobs, load }
     }

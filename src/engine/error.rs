@@ -39,6 +39,8 @@ pub enum EngineError {
     UnknownModel { name: String, known: Vec<String> },
     #[error("the model draws no `{label}`; it draws {}", known.join(", "))]
     UnknownClass { label: String, known: Vec<String> },
+    #[error("the request names no model; there is {}", known.join(", "))]
+    ModelRequired { known: Vec<String> },
     #[error("more than {digits_max} digits are waiting")]
     QueueFull {
         digits_max: usize,

@@ -1,9 +1,12 @@
 //! A model that is cold, loading or ready; one load at a time, for everyone who waits.
 
 use super::batcher::Batcher;
-use super::{EngineConfig, LoadError, Memory, Source};
-use crate::model::{self, Generator, Header, ModelError, open_device};
-use crate::storage::{Origin, Progress, Storage, StorageError, hex};
+use super::shelf::Shelf;
+use super::{LoadError, Memory};
+use crate::model::{self, Generator, Header, ModelError, Weights, open_device};
+use crate::storage::{
+    Arrived, ModelUri, Opened, Origin, Progress, Segment, Storage, StorageError, Verified, hex,
+};
 use crate::telemetry::chain;
 use sha2::{Digest as _, Sha256};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,14 +19,17 @@ const RESTARTS_MAX: usize = 3;
 /// What a loaded model is.
 #[derive(Debug)]
 pub struct ModelInfo {
+    /// What requests call it.
     pub name: String,
-    /// The first 16 hexadecimal digits of the weights' SHA-256.
+    /// 16 hexadecimal digits that are others when the weights are: of their SHA-256 where it is known.
     pub version: String,
     pub header: Header,
     /// `cpu`, `cuda` or `metal`.
     pub device: &'static str,
     /// `built-in`, `file`, `cache` or `store`.
     pub origin: &'static str,
+    /// `sha256`, `chunks`, or `length` where nobody gave a digest.
+    pub verified: &'static str,
 }
 
 impl ModelInfo {
@@ -63,6 +69,8 @@ pub struct ModelStatus {
     pub bytes_arrived: u64,
     /// 0 while unknown.
     pub bytes_total: u64,
+    /// Until the rest has arrived, at the speed so far.
+    pub left: Option<Duration>,
     /// Of the load that failed last.
     pub error: Option<LoadError>,
     pub info: Option<Arc<ModelInfo>>,
@@ -88,17 +96,28 @@ enum State {
     Ready(Arc<Loaded>),
 }
 
+/// Where one model's weights may be, likeliest first; none: they are compiled in.
+#[derive(Clone, Debug)]
+pub(super) enum Places {
+    BuiltIn,
+    Uris(Vec<ModelUri>),
+}
+
 /// The place of one model.
 pub(super) struct Slot {
-    config: EngineConfig,
+    name: String,
+    places: Places,
     state: Mutex<State>,
+    used: Mutex<Instant>,
 }
 
 impl Slot {
-    pub(super) fn new(config: EngineConfig) -> Self {
+    pub(super) fn new(name: String, places: Places) -> Self {
         Self {
-            config,
+            name,
+            places,
             state: Mutex::new(State::Cold { error: None }),
+            used: Mutex::new(Instant::now()),
         }
     }
 
@@ -106,7 +125,8 @@ impl Slot {
     ///
     /// # Errors
     /// Why the load failed. The slot is cold again then.
-    pub(super) async fn get(slot: &Arc<Self>) -> Outcome {
+    pub(super) async fn get(slot: &Arc<Self>, shelf: &Arc<Shelf>) -> Outcome {
+        slot.touch();
         let mut receiver = {
             let mut state = slot.lock();
             match &*state {
@@ -120,7 +140,7 @@ impl Slot {
                         outcome: outcome.clone(),
                         progress: progress.clone(),
                     };
-                    tokio::spawn(run(slot.clone(), outcome, progress));
+                    tokio::spawn(run(slot.clone(), shelf.clone(), outcome, progress));
                     receiver
                 }
             }
@@ -131,35 +151,46 @@ impl Slot {
         }
     }
 
-    pub(super) fn name(&self) -> String {
-        match (&*self.lock(), &self.config.source) {
-            (State::Ready(loaded), _) => loaded.info.name.clone(),
-            (_, Source::BuiltIn) => "mnist".to_owned(),
-            (_, Source::Uri(uri)) => uri.stem(),
+    /// Lets go of the model if nobody draws with it; whether there was one. Its memory is free when its reservation is.
+    pub(super) fn unload(&self) -> bool {
+        let mut state = self.lock();
+        let idle = matches!(&*state, State::Ready(loaded) if Arc::strong_count(loaded) == 1);
+        if idle {
+            *state = State::Cold { error: None };
         }
+        idle
     }
 
-    pub(super) fn is_called(&self, name: &str) -> bool {
-        let stem = match &self.config.source {
-            Source::BuiltIn => "mnist".to_owned(),
-            Source::Uri(uri) => uri.stem(),
-        };
-        name == "default" || name == stem || name == self.name()
+    pub(super) fn touch(&self) {
+        *self.used.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    pub(super) fn used(&self) -> Instant {
+        *self.used.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn is_ready(&self) -> bool {
+        matches!(&*self.lock(), State::Ready(_))
+    }
+
+    /// What it is called, by its place.
+    pub(super) fn name(&self) -> &str {
+        &self.name
     }
 
     pub(super) fn status(&self) -> ModelStatus {
-        let source = match &self.config.source {
-            Source::BuiltIn => "built-in".to_owned(),
-            Source::Uri(uri) => uri.to_string(),
+        let source = match &self.places {
+            Places::BuiltIn => "built-in".to_owned(),
+            Places::Uris(uris) => uris.first().map(ModelUri::to_string).unwrap_or_default(),
         };
-        let name = self.name();
         let state = self.lock();
         let cold = ModelStatus {
-            name,
+            name: self.name.clone(),
             source,
             state: ModelState::Cold,
             bytes_arrived: 0,
             bytes_total: 0,
+            left: None,
             error: None,
             info: None,
         };
@@ -172,10 +203,11 @@ impl Slot {
                 state: ModelState::Loading,
                 bytes_arrived: progress.arrived(),
                 bytes_total: progress.total(),
+                left: progress.left(Instant::now()),
                 ..cold
             },
             State::Ready(loaded) => {
-                let bytes = loaded.info.header.file_bytes;
+                let bytes = loaded.info.header.file_bytes();
                 ModelStatus {
                     state: ModelState::Ready,
                     bytes_arrived: bytes,
@@ -196,19 +228,21 @@ impl Slot {
 /// stops outside of requests, and a load must not outlive the last of them.
 async fn run(
     slot: Arc<Slot>,
+    shelf: Arc<Shelf>,
     outcome: Arc<watch::Sender<Option<Outcome>>>,
     progress: Arc<Progress>,
 ) {
-    let work = tokio::time::timeout(slot.config.load_timeout, load(&slot.config, &progress));
+    let load_timeout = shelf.config().load_timeout;
+    let work = tokio::time::timeout(load_timeout, load(&slot, &shelf, &progress));
     tokio::pin!(work);
     let result = loop {
         tokio::select! {
-            result = &mut work => break result.unwrap_or(Err(LoadError::Timeout(slot.config.load_timeout))),
+            result = &mut work => break result.unwrap_or(Err(LoadError::Timeout(load_timeout))),
             () = outcome.closed() => {
                 let mut state = slot.lock();
                 // Somebody may have come between the last one's leaving and this line.
                 if outcome.receiver_count() == 0 {
-                    tracing::info!("nobody waits for the model any more; its load is given up");
+                    tracing::info!(model = slot.name, "nobody waits for the model any more; its load is given up");
                     *state = State::Cold { error: None };
                     return;
                 }
@@ -220,14 +254,19 @@ async fn run(
             model = loaded.info.name,
             version = loaded.info.version,
             origin = loaded.info.origin,
+            verified = loaded.info.verified,
             device = loaded.info.device,
-            bytes = loaded.info.header.file_bytes,
+            bytes = loaded.info.header.file_bytes(),
             fetch_ms = loaded.times.fetch.as_millis() as u64,
             build_ms = loaded.times.build.as_millis() as u64,
             resident_mb = Memory::resident_bytes() >> 20,
             "model ready"
         ),
-        Err(error) => tracing::error!(error = chain(error), "the model could not be loaded"),
+        Err(error) => tracing::error!(
+            model = slot.name,
+            error = chain(error),
+            "the model could not be loaded"
+        ),
     }
     *slot.lock() = match &result {
         Ok(loaded) => State::Ready(loaded.clone()),
@@ -238,47 +277,153 @@ async fn run(
     outcome.send_replace(Some(result));
 }
 
-async fn load(config: &EngineConfig, progress: &Arc<Progress>) -> Outcome {
-    let Source::Uri(uri) = &config.source else {
-        let (config, started) = (config.clone(), Instant::now());
-        return blocking(move || {
-            let weights = read([Ok::<_, LoadError>(model::BUILT_IN)], None, &config)?;
-            let version: [u8; 32] = Sha256::digest(model::BUILT_IN).into();
-            start(weights, version, "built-in", started.elapsed(), &config)
-        })
-        .await;
+async fn load(slot: &Slot, shelf: &Arc<Shelf>, progress: &Arc<Progress>) -> Outcome {
+    let Places::Uris(uris) = &slot.places else {
+        return load_built_in(slot, shelf).await;
     };
-    let storage = Storage::new(config.storage.clone());
+    let storage = Storage::new(shelf.config().storage.clone());
     let mut restarts = 0;
     loop {
-        let (config, started) = (config.clone(), Instant::now());
-        let mut bytes = storage.open(uri, progress.clone()).await?;
-        let _cancel_on_drop = bytes.cancel_on_drop();
-        let result = blocking(move || {
-            let beside = bytes.beside().map(str::to_owned);
-            let chunks = (&mut bytes).map(|chunk| chunk.map_err(LoadError::from));
-            let weights = read(chunks, beside.as_deref(), &config)?;
-            let digest = bytes.digest().ok_or(LoadError::Cancelled)?;
-            let origin = match bytes.origin() {
-                Origin::Store => "store",
-                Origin::Cache => "cache",
-                Origin::File => "file",
-            };
-            let loaded = start(weights, digest, origin, started.elapsed(), &config)?;
-            bytes.keep();
-            Ok(loaded)
-        })
-        .await;
-        match result {
+        let opened = storage.open_first(uris, progress).await?;
+        match fetch(slot, shelf, opened).await {
             Err(LoadError::Storage(StorageError::Changed | StorageError::CacheCorrupt))
                 if restarts < RESTARTS_MAX =>
             {
                 restarts += 1;
-                tracing::warn!(restarts, "the load begins anew");
+                tracing::warn!(model = slot.name, restarts, "the load begins anew");
             }
             result => return result,
         }
     }
+}
+
+async fn load_built_in(slot: &Slot, shelf: &Arc<Shelf>) -> Outcome {
+    let started = Instant::now();
+    let digest: [u8; 32] = Sha256::digest(model::BUILT_IN).into();
+    // Twice: the tensors, and the network's own copies.
+    let memory = shelf.admit(2 * model::BUILT_IN.len() as u64, slot).await?;
+    let about = About {
+        name: slot.name.clone(),
+        version: hex(&digest[..8]),
+        origin: "built-in",
+        verified: "sha256",
+    };
+    let shelf = shelf.clone();
+    blocking(move || {
+        let weights = model::from_bytes(model::BUILT_IN)?;
+        start(weights, about, started.elapsed(), &shelf, memory)
+    })
+    .await
+}
+
+/// One try: headers, admission, all bytes, a network that draws.
+async fn fetch(slot: &Slot, shelf: &Arc<Shelf>, mut opened: Opened) -> Outcome {
+    let started = Instant::now();
+    let _cancel_on_drop = opened.cancel_on_drop();
+    let (header, heads, beside) = headers(&mut opened).await?;
+    let memory = shelf.admit(header.resident_bytes(), slot).await?;
+    let (name, shelf) = (slot.name.clone(), shelf.clone());
+    blocking(move || {
+        let mut weights = Weights::allocate(header)?;
+        let arrived = fill(opened, &mut weights, heads, beside)?;
+        let about = About {
+            name,
+            version: arrived.version.clone(),
+            origin: match arrived.origin {
+                Origin::Store => "store",
+                Origin::Cache => "cache",
+                Origin::File => "file",
+            },
+            verified: match arrived.verified {
+                Verified::Sha256 => "sha256",
+                Verified::Chunks => "chunks",
+                Verified::Length => "length",
+            },
+        };
+        if arrived.verified == Verified::Length {
+            tracing::info!(model = about.name, "no digest of the weights was given (MODEL_SHA256, a .sha256 file or a manifest beside them): their length, header and version were checked");
+        }
+        match start(weights, about, started.elapsed(), &shelf, memory) {
+            Ok(loaded) => {
+                // The disk is not waited for: what is not there when the process ends, the next start fetches.
+                tokio::task::spawn_blocking(move || arrived.keep());
+                Ok(loaded)
+            }
+            Err(error) => {
+                arrived.discard();
+                Err(error)
+            }
+        }
+    })
+    .await
+}
+
+pub(crate) type Headers = (Header, Vec<Vec<u8>>, Option<String>);
+
+/// Reads and checks the headers of a model's files: all that is known before a tensor is.
+pub(crate) async fn headers(opened: &mut Opened) -> Result<Headers, LoadError> {
+    let mut heads = Vec::with_capacity(opened.len());
+    for file in 0..opened.len() {
+        let actual = opened.size(file);
+        let short = |expected: usize| ModelError::Length {
+            expected: expected as u64,
+            actual,
+        };
+        let mut expected = 8;
+        if actual < expected as u64 {
+            return Err(short(expected).into());
+        }
+        if let Some(first) = opened.head(file, 8).await?.first_chunk::<8>() {
+            expected = Header::length(*first)?;
+        }
+        if actual < expected as u64 {
+            return Err(short(expected).into());
+        }
+        heads.push(opened.head(file, expected).await?.to_vec());
+    }
+    let alone = heads.first().map(|h| Header::describes_itself(h));
+    let beside = match alone.transpose()? {
+        Some(true) | None => None,
+        Some(false) => opened.config_beside().await?,
+    };
+    let header = Header::parse(&heads, beside.as_deref())?;
+    for (file, layout) in header.files.iter().enumerate() {
+        let (expected, actual) = (layout.bytes, opened.size(file));
+        if expected != actual {
+            return Err(ModelError::Length { expected, actual }.into());
+        }
+    }
+    Ok((header, heads, beside))
+}
+
+fn fill(
+    opened: Opened,
+    weights: &mut Weights,
+    mut heads: Vec<Vec<u8>>,
+    beside: Option<String>,
+) -> Result<Arrived, LoadError> {
+    let parsed = heads.clone();
+    let mut segments: Vec<Vec<Segment<'_>>> = heads
+        .iter_mut()
+        .map(|head| {
+            vec![Segment {
+                range: 0..head.len() as u64,
+                bytes: head,
+            }]
+        })
+        .collect();
+    for slot in weights.slots() {
+        segments[slot.file].push(Segment {
+            range: slot.range,
+            bytes: slot.bytes,
+        });
+    }
+    let arrived = opened.fill(segments, beside)?;
+    // A file that was written to between the two reads would be tensors of one version under the header of another.
+    if heads != parsed {
+        return Err(StorageError::Changed.into());
+    }
+    Ok(arrived)
 }
 
 async fn blocking(work: impl FnOnce() -> Outcome + Send + 'static) -> Outcome {
@@ -287,64 +432,38 @@ async fn blocking(work: impl FnOnce() -> Outcome + Send + 'static) -> Outcome {
         .unwrap_or(Err(LoadError::Panicked))
 }
 
-struct Read {
-    weights: model::Weights,
-    device: candle_core::Device,
-}
-
-fn read(
-    chunks: impl IntoIterator<Item = Result<impl AsRef<[u8]>, LoadError>>,
-    beside: Option<&str>,
-    config: &EngineConfig,
-) -> Result<Read, LoadError> {
-    let device = open_device(config.device)?;
-    let weights = model::read(chunks, beside, |header| admit(header, config))?;
-    Ok(Read { weights, device })
-}
-
-/// Refuses weights that would not fit, before the first tensor is allocated.
-fn admit(header: &Header, config: &EngineConfig) -> Result<(), LoadError> {
-    const MB: u64 = 1 << 20;
-    let Some(limit) = Memory::limit(config.memory_bytes_max) else {
-        return Ok(());
-    };
-    let (needed, used) = (header.resident_bytes(), Memory::resident_bytes());
-    if used + needed <= limit.limit_bytes {
-        return Ok(());
-    }
-    Err(LoadError::TooLarge {
-        needed_mb: needed.div_ceil(MB),
-        used_mb: used.div_ceil(MB),
-        limit_mb: limit.limit_bytes / MB,
-        limit_from: limit.limit_from,
-    })
+struct About {
+    name: String,
+    version: String,
+    origin: &'static str,
+    verified: &'static str,
 }
 
 fn start(
-    read: Read,
-    digest: [u8; 32],
-    origin: &'static str,
+    weights: Weights,
+    about: About,
     fetch: Duration,
-    config: &EngineConfig,
+    shelf: &Shelf,
+    memory: impl Send + 'static,
 ) -> Outcome {
     let started = Instant::now();
-    let Read { weights, device } = read;
-    let name = match device {
+    let device = open_device(shelf.config().device)?;
+    let device_name = match device {
         candle_core::Device::Cpu => "cpu",
         candle_core::Device::Cuda(_) => "cuda",
         candle_core::Device::Metal(_) => "metal",
     };
     let mut generator = Generator::new(weights, device)?;
     check(&mut generator)?;
-    let header = generator.header().clone();
     let info = Arc::new(ModelInfo {
-        name: header.name.clone(),
-        version: hex(&digest[..8]),
-        header,
-        device: name,
-        origin,
+        name: about.name,
+        version: about.version,
+        header: generator.header().clone(),
+        device: device_name,
+        origin: about.origin,
+        verified: about.verified,
     });
-    let batcher = Batcher::start(generator, config.batch_rows_max);
+    let batcher = Batcher::start(generator, shelf.config().batch_rows_max, memory);
     Ok(Arc::new(Loaded {
         info,
         times: LoadTimes {

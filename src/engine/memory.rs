@@ -1,6 +1,11 @@
-//! How much memory there is, and how much is taken.
+//! How much memory there is, how much is taken, and who has been promised how much.
 
+use super::LoadError;
 use std::fs;
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::Notify;
+
+const MB: u64 = 1 << 20;
 
 /// A limit on the process's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +41,91 @@ impl Memory {
     }
 }
 
+/// Memory promised to models that are loaded, or being loaded.
+#[derive(Debug)]
+pub(super) struct Budget {
+    limit: Option<Memory>,
+    promised: Mutex<u64>,
+    /// Told when a promise was given back, or a model fell idle.
+    changed: Notify,
+}
+
+/// A model's share, given back when it is dropped.
+#[derive(Debug)]
+pub(super) struct Reservation {
+    budget: Arc<Budget>,
+    bytes: u64,
+}
+
+impl Budget {
+    pub(super) fn new(limit: Option<Memory>) -> Self {
+        Self {
+            limit,
+            promised: Mutex::default(),
+            changed: Notify::new(),
+        }
+    }
+
+    /// Promises `bytes`, if they fit beside what was promised before and what the process takes otherwise; none: not now.
+    ///
+    /// # Errors
+    /// [`LoadError::TooLarge`] if they would not fit even if everything else was given back.
+    pub(super) fn reserve(
+        self: &Arc<Self>,
+        bytes: u64,
+        resident_bytes: u64,
+    ) -> Result<Option<Reservation>, LoadError> {
+        let mut promised = self.promised.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(limit) = self.limit {
+            // A promise may not have been taken up yet, so this is the least that the rest of the process takes.
+            let other = resident_bytes.saturating_sub(*promised);
+            if other + bytes > limit.limit_bytes {
+                return Err(LoadError::TooLarge {
+                    needed_mb: bytes.div_ceil(MB),
+                    used_mb: other.div_ceil(MB),
+                    limit_mb: limit.limit_bytes / MB,
+                    limit_from: limit.limit_from,
+                });
+            }
+            if other + *promised + bytes > limit.limit_bytes {
+                return Ok(None);
+            }
+        }
+        *promised += bytes;
+        Ok(Some(Reservation {
+            budget: self.clone(),
+            bytes,
+        }))
+    }
+
+    /// Resolves at the next change after this call.
+    pub(super) fn changed(&self) -> tokio::sync::futures::Notified<'_> {
+        self.changed.notified()
+    }
+
+    pub(super) fn wake(&self) {
+        self.changed.notify_waiters();
+    }
+
+    #[cfg(test)]
+    fn promised(&self) -> u64 {
+        *self.promised.lock().unwrap()
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        let mut promised = self
+            .budget
+            .promised
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *promised -= self.bytes;
+        drop(promised);
+        self.budget.wake();
+    }
+}
+
 /// The limit of the innermost control group that has one, version 2 or 1.
 fn cgroup_limit() -> Option<u64> {
     let own = fs::read_to_string("/proc/self/cgroup").ok()?;
@@ -67,4 +157,35 @@ fn cgroup_limit() -> Option<u64> {
     }
     // Version 1 writes "no limit" as a number near 2^63.
     limits.into_iter().filter(|&l| l < 1 << 60).min()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn promises_never_exceed_the_limit() {
+        let limit = Memory {
+            limit_bytes: 100 * MB,
+            limit_from: "a test",
+        };
+        let budget = Arc::new(Budget::new(Some(limit)));
+        let own = 20 * MB;
+        let first = budget.reserve(50 * MB, own).unwrap().unwrap();
+        // Not taken up yet, then taken up: the same answer.
+        assert!(budget.reserve(40 * MB, own).unwrap().is_none());
+        assert!(budget.reserve(40 * MB, own + 50 * MB).unwrap().is_none());
+        let second = budget.reserve(30 * MB, own + 50 * MB).unwrap().unwrap();
+        assert!(matches!(
+            budget.reserve(81 * MB, own + 80 * MB),
+            Err(LoadError::TooLarge {
+                needed_mb: 81,
+                used_mb: 20,
+                limit_mb: 100,
+                ..
+            })
+        ));
+        drop((first, second));
+        assert_eq!(budget.promised(), 0);
+    }
 }

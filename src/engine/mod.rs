@@ -9,15 +9,17 @@ mod batcher;
 mod error;
 mod loader;
 mod memory;
+mod shelf;
 
 pub use error::{EngineError, LoadError};
+pub(crate) use loader::headers;
 pub use loader::{LoadTimes, ModelInfo, ModelState, ModelStatus};
 pub use memory::Memory;
 
 use crate::model::{DeviceKind, SampleSpec};
-use crate::storage::{ModelUri, StorageConfig};
+use crate::storage::{Catalogue, ModelUri, StorageConfig};
 use batcher::{Drawn, Job};
-use loader::{Loaded, Slot};
+use shelf::{InUse, Shelf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
@@ -28,6 +30,8 @@ pub enum Source {
     /// Those compiled into the binary.
     BuiltIn,
     Uri(ModelUri),
+    /// Models by name.
+    Catalogue(Catalogue),
 }
 
 /// What the engine may use, and what it draws with.
@@ -44,6 +48,10 @@ pub struct EngineConfig {
     pub batch_rows_max: usize,
     /// Digits that may wait or be drawn at a time; what is beyond is refused at once.
     pub queue_digits_max: usize,
+    /// Of a catalogue, the model that a request without a name gets.
+    pub default_model: Option<String>,
+    /// How long a model may be unused before it is unloaded; none: until its memory is needed.
+    pub idle_unload: Option<Duration>,
 }
 
 impl Default for EngineConfig {
@@ -56,6 +64,8 @@ impl Default for EngineConfig {
             load_timeout: Duration::from_secs(240),
             batch_rows_max: 32,
             queue_digits_max: 4096,
+            default_model: None,
+            idle_unload: None,
         }
     }
 }
@@ -77,18 +87,22 @@ pub struct DrawRequest {
 /// Draws digits. Cheap to clone.
 #[derive(Clone)]
 pub struct Engine {
-    slot: Arc<Slot>,
+    shelf: Arc<Shelf>,
     queue_digits_max: usize,
 }
 
 impl Engine {
     /// Starts nothing: no thread, no client, no read.
     pub fn new(config: EngineConfig) -> Self {
-        let queue_digits_max = config.queue_digits_max;
         Self {
-            slot: Arc::new(Slot::new(config)),
-            queue_digits_max,
+            queue_digits_max: config.queue_digits_max,
+            shelf: Arc::new(Shelf::new(config)),
         }
+    }
+
+    /// Begins to unload models that nobody uses, if the configuration asks for it. Called within a runtime.
+    pub fn watch_idle(&self) {
+        self.shelf.watch_idle();
     }
 
     /// Loads the weights, if they are not loaded, and finds out what exactly is to be drawn.
@@ -98,16 +112,8 @@ impl Engine {
     /// # Errors
     /// [`EngineError`]: the load failed, the model or a class is unknown.
     pub async fn prepare(&self, request: DrawRequest) -> Result<Plan, EngineError> {
-        if let Some(name) = &request.model
-            && !self.slot.is_called(name)
-        {
-            return Err(EngineError::UnknownModel {
-                name: name.clone(),
-                known: vec![self.slot.name()],
-            });
-        }
         let asked = Instant::now();
-        let loaded = Slot::get(&self.slot).await?;
+        let loaded = self.shelf.get(request.model.as_deref()).await?;
         let specs = specs(&request, &loaded.info)?;
         Ok(Plan {
             load_wait: asked.elapsed(),
@@ -117,19 +123,23 @@ impl Engine {
         })
     }
 
-    /// The models and what they are doing.
-    pub fn models(&self) -> Vec<ModelStatus> {
-        vec![self.slot.status()]
+    /// Every model, a catalogue's cold ones included, and what it is doing.
+    pub async fn models(&self) -> Vec<ModelStatus> {
+        self.shelf.models().await
     }
 
-    /// Loads the weights without drawing.
+    /// The models that have been asked for, without asking any store.
+    pub fn loaded(&self) -> Vec<ModelStatus> {
+        self.shelf.loaded()
+    }
+
+    /// Loads the default model without drawing.
     ///
     /// # Errors
-    /// [`LoadError`]
-    pub async fn load(&self) -> Result<Arc<ModelInfo>, LoadError> {
-        Slot::get(&self.slot)
-            .await
-            .map(|loaded: Arc<Loaded>| loaded.info.clone())
+    /// [`EngineError`]
+    pub async fn load(&self) -> Result<Arc<ModelInfo>, EngineError> {
+        let loaded = self.shelf.get(None).await?;
+        Ok(loaded.info.clone())
     }
 }
 
@@ -160,7 +170,7 @@ pub struct Plan {
     pub load_wait: Duration,
     /// What is drawn, by index.
     pub specs: Vec<SampleSpec>,
-    loaded: Arc<Loaded>,
+    loaded: InUse,
     digits_max: usize,
 }
 
@@ -188,6 +198,7 @@ impl Plan {
             left: self.specs.len(),
             specs: self.specs,
             receiver,
+            _loaded: self.loaded,
         })
     }
 }
@@ -208,11 +219,12 @@ pub struct Digit {
 }
 
 /// Digits on their way, in order of completion.
-#[derive(Debug)]
 pub struct Drawing {
     specs: Vec<SampleSpec>,
     receiver: mpsc::Receiver<Drawn>,
     left: usize,
+    /// The model stays while somebody draws with it.
+    _loaded: InUse,
 }
 
 impl Drawing {

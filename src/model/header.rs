@@ -167,8 +167,28 @@ pub struct TensorEntry {
     pub name: String,
     pub dtype: Dtype,
     pub shape: Vec<usize>,
-    /// Bytes in the file; entries follow each other without gaps.
+    /// Bytes in the file; the entries of a file follow each other without gaps.
     pub bytes: usize,
+    /// Which file of a sharded model it lies in, from 0.
+    pub file: usize,
+    /// Where it starts in that file.
+    pub at: u64,
+}
+
+impl TensorEntry {
+    /// Its bytes' place in its file.
+    pub fn range(&self) -> std::ops::Range<u64> {
+        self.at..self.at + self.bytes as u64
+    }
+}
+
+/// Sizes of one file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileLayout {
+    /// From the start of the file to its first tensor.
+    pub header_bytes: u64,
+    /// Of the whole file.
+    pub bytes: u64,
 }
 
 /// A checked header: the tensors in the order of the file, and the network that they make.
@@ -179,11 +199,10 @@ pub struct Header {
     pub sampler: SamplerDefaults,
     /// One name a class, by label.
     pub class_names: Vec<String>,
+    /// Those of the first file first, each in the order of its file.
     pub tensors: Vec<TensorEntry>,
-    /// Bytes from the start of the file to the first tensor.
-    pub header_bytes: u64,
-    /// Bytes of the whole file.
-    pub file_bytes: u64,
+    /// One, or the shards of a sharded model.
+    pub files: Vec<FileLayout>,
 }
 
 /// The three JSON texts that describe a model: from the file's own metadata, or from a `config.json` beside it.
@@ -213,15 +232,42 @@ impl Header {
         Ok(8 + n as usize)
     }
 
-    /// Reads the header. `bytes` are the first [`Header::length`] bytes of the file; `beside` is the text of
-    /// a `config.json` next to it, used where the file does not describe itself.
+    /// Whether the first file's header describes the network, so that no `config.json` is needed.
+    ///
+    /// # Errors
+    /// [`ModelError::Format`] if it is no header.
+    pub fn describes_itself(bytes: &[u8]) -> Result<bool, ModelError> {
+        let metadata = parse_json(bytes)?;
+        Ok(own_description(&metadata).is_some())
+    }
+
+    /// Reads the headers of a model's files, one or several. Each is the first [`Header::length`] bytes of its
+    /// file; `beside` is the text of a `config.json` next to them, used where the first file does not describe
+    /// itself.
     ///
     /// # Errors
     /// What contradicts the format, the architecture, or what this build can read.
-    pub fn parse(bytes: &[u8], beside: Option<&str>) -> Result<Self, ModelError> {
-        let metadata: Metadata =
-            serde_json::from_slice(&bytes[8..]).map_err(|e| ModelError::Format(e.to_string()))?;
-        let description = describe(&metadata, beside)?;
+    pub fn parse(files: &[impl AsRef<[u8]>], beside: Option<&str>) -> Result<Self, ModelError> {
+        let mut tensors = Vec::new();
+        let mut layouts = Vec::with_capacity(files.len());
+        let mut description = None;
+        for (file, bytes) in files.iter().enumerate() {
+            let bytes = bytes.as_ref();
+            let metadata = parse_json(bytes)?;
+            if description.is_none() {
+                description = Some(describe(&metadata, beside)?);
+            }
+            let header_bytes = bytes.len() as u64;
+            let entries = entries(&metadata, file, header_bytes)?;
+            let end = entries.last().map_or(header_bytes, |t| t.range().end);
+            layouts.push(FileLayout {
+                header_bytes,
+                bytes: end,
+            });
+            tensors.extend(entries);
+        }
+        let description = description
+            .ok_or_else(|| ModelError::Format("there is no file with a header".to_owned()))?;
         let architecture: Architecture = field("config", description.config)?;
         let sampler: SamplerDefaults = field("sampler", description.sampler)?;
         let class_names: Vec<String> = field("classes", description.classes)?;
@@ -234,18 +280,20 @@ impl Header {
                 architecture.classes
             )));
         }
-        let tensors = entries(&metadata)?;
         check_tensors(&architecture, &tensors)?;
-        let data: u64 = tensors.iter().map(|t| t.bytes as u64).sum();
         Ok(Self {
             name: description.name.unwrap_or_else(|| "model".to_owned()),
             architecture,
             sampler,
             class_names,
             tensors,
-            header_bytes: bytes.len() as u64,
-            file_bytes: bytes.len() as u64 + data,
+            files: layouts,
         })
+    }
+
+    /// Bytes of all files.
+    pub fn file_bytes(&self) -> u64 {
+        self.files.iter().map(|f| f.bytes).sum()
     }
 
     /// Number of weights.
@@ -256,10 +304,23 @@ impl Header {
             .sum()
     }
 
-    /// Bytes that the tensors take once loaded: f32 on every device.
+    /// Bytes that the tensors take while they are loaded: they stay in the file's number format, and the network
+    /// takes f32 copies of them.
     pub fn resident_bytes(&self) -> u64 {
-        self.parameters() * 4
+        let stored: u64 = self.tensors.iter().map(|t| t.bytes as u64).sum();
+        stored + self.parameters() * 4
     }
+}
+
+fn parse_json(header: &[u8]) -> Result<Metadata, ModelError> {
+    let json = header.get(8..).unwrap_or_default();
+    serde_json::from_slice(json).map_err(|e| ModelError::Format(e.to_string()))
+}
+
+/// The file's own metadata, where they describe a network.
+fn own_description(metadata: &Metadata) -> Option<&std::collections::HashMap<String, String>> {
+    let own = metadata.metadata().as_ref()?;
+    own.contains_key("config").then_some(own)
 }
 
 fn architecture(text: String) -> ModelError {
@@ -281,11 +342,7 @@ fn field<T: serde::de::DeserializeOwned>(
 }
 
 fn describe(metadata: &Metadata, beside: Option<&str>) -> Result<Description, ModelError> {
-    let own = metadata
-        .metadata()
-        .as_ref()
-        .filter(|m| m.contains_key("config"));
-    let description: Description = match (own, beside) {
+    let description: Description = match (own_description(metadata), beside) {
         (Some(own), _) => serde_json::to_value(own)
             .and_then(serde_json::from_value)
             .map_err(|e| architecture(format!("metadata: {e}")))?,
@@ -310,7 +367,11 @@ fn describe(metadata: &Metadata, beside: Option<&str>) -> Result<Description, Mo
 
 /// The tensors by their place in the file. Whoever wrote the header may lie: offsets must start at 0, leave
 /// no gap, not overlap, and be as long as dtype and shape say.
-fn entries(metadata: &Metadata) -> Result<Vec<TensorEntry>, ModelError> {
+fn entries(
+    metadata: &Metadata,
+    file: usize,
+    header_bytes: u64,
+) -> Result<Vec<TensorEntry>, ModelError> {
     let mut all: Vec<_> = metadata.tensors().into_iter().collect();
     all.sort_by_key(|(_, info)| info.data_offsets);
     let mut at = 0;
@@ -333,6 +394,8 @@ fn entries(metadata: &Metadata) -> Result<Vec<TensorEntry>, ModelError> {
             dtype: info.dtype,
             shape: info.shape.clone(),
             bytes: end - start,
+            file,
+            at: header_bytes + start as u64,
         });
     }
     Ok(entries)
@@ -360,6 +423,11 @@ fn check_tensors(architecture: &Architecture, tensors: &[TensorEntry]) -> Result
             });
         }
     }
+    if let Some(twice) = duplicate(tensors) {
+        return Err(ModelError::Format(format!(
+            "tensor `{twice}` is in several files"
+        )));
+    }
     if tensors.len() != needed.len() {
         let known: std::collections::HashSet<&str> =
             needed.iter().map(|(n, _)| n.as_str()).collect();
@@ -372,4 +440,10 @@ fn check_tensors(architecture: &Architecture, tensors: &[TensorEntry]) -> Result
         )));
     }
     Ok(())
+}
+
+fn duplicate(tensors: &[TensorEntry]) -> Option<&str> {
+    let mut seen = std::collections::HashSet::with_capacity(tensors.len());
+    let twice = tensors.iter().find(|t| !seen.insert(t.name.as_str()));
+    twice.map(|t| t.name.as_str())
 }

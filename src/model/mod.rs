@@ -18,9 +18,9 @@ pub use device::{DeviceKind, open as open_device};
 pub use dit::Dit;
 pub use error::ModelError;
 pub use generator::{Generator, Row, SampleSpec, to_bytes};
-pub use header::{Architecture, Header, SamplerDefaults, TensorEntry};
+pub use header::{Architecture, FileLayout, Header, SamplerDefaults, TensorEntry};
 pub use noise::noise;
-pub use weights::{Slot, Weights, read, read_header};
+pub use weights::{Slot, Weights, from_bytes};
 
 /// The weights compiled into the binary: the digits model that `scripts/train` made.
 pub static BUILT_IN: &[u8] = include_bytes!("mnist.safetensors");

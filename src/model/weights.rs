@@ -21,9 +21,11 @@ pub struct Weights {
     places: HashMap<String, (usize, Range<usize>)>,
 }
 
-/// A tensor's memory, and which bytes of the file belong there.
+/// A tensor's memory, and which bytes of which file belong there.
 pub struct Slot<'a> {
-    pub file: Range<u64>,
+    /// Index of the file, from 0.
+    pub file: usize,
+    pub range: Range<u64>,
     pub bytes: &'a mut [u8],
 }
 
@@ -46,20 +48,20 @@ impl Weights {
         })
     }
 
-    /// Every tensor's memory, in the order of the file.
+    /// Every tensor's memory, in the order of the files. Together the slots of a file cover all that follows its
+    /// header.
     pub fn slots(&mut self) -> Vec<Slot<'_>> {
         let mut rest: &mut [u8] = &mut self.arena;
-        let mut file = self.header.header_bytes;
         let mut slots = Vec::with_capacity(self.header.tensors.len());
         for entry in &self.header.tensors {
             let (bytes, after) = rest.split_at_mut(entry.bytes);
             let padding = entry.bytes.next_multiple_of(ALIGN_BYTES) - entry.bytes;
             rest = &mut after[padding..];
             slots.push(Slot {
-                file: file..file + entry.bytes as u64,
+                file: entry.file,
+                range: entry.range(),
                 bytes,
             });
-            file += entry.bytes as u64;
         }
         slots
     }
@@ -114,81 +116,36 @@ impl Weights {
     }
 }
 
-/// Reads chunks up to the end of the header. Also given back: what arrived beyond it.
+/// Reads a whole weights file that is in memory already.
 ///
 /// # Errors
-/// The first error of `chunks`, or a [`ModelError`] for bytes that are no usable header.
-pub fn read_header<E: From<ModelError>>(
-    chunks: &mut impl Iterator<Item = Result<impl AsRef<[u8]>, E>>,
-    beside: Option<&str>,
-) -> Result<(Header, Vec<u8>), E> {
-    let mut head = Vec::new();
-    let mut header_bytes = None;
-    loop {
-        if let Some(n) = header_bytes.filter(|&n| head.len() >= n) {
-            let header = Header::parse(&head[..n], beside)?;
-            return Ok((header, head.split_off(n)));
-        }
-        let Some(chunk) = chunks.next() else {
-            let expected = header_bytes.unwrap_or(8) as u64;
-            return Err(ModelError::Length {
-                expected,
-                actual: head.len() as u64,
-            }
-            .into());
-        };
-        head.extend_from_slice(chunk?.as_ref());
-        if header_bytes.is_none()
-            && let Some(first) = head.first_chunk::<8>()
-        {
-            header_bytes = Some(Header::length(*first)?);
-        }
-    }
-}
-
-/// Reads a whole weights file from its chunks, which may end anywhere. `admit` sees the header before memory is
-/// taken and may refuse it; `beside` is the text of a `config.json` next to the file.
-///
-/// # Errors
-/// The first error of `chunks` or `admit`, or a [`ModelError`] for bytes that are no usable weights.
-pub fn read<E: From<ModelError>>(
-    chunks: impl IntoIterator<Item = Result<impl AsRef<[u8]>, E>>,
-    beside: Option<&str>,
-    admit: impl FnOnce(&Header) -> Result<(), E>,
-) -> Result<Weights, E> {
-    let mut chunks = chunks.into_iter();
-    let (header, first) = read_header(&mut chunks, beside)?;
-    admit(&header)?;
-    let expected = header.file_bytes;
-    let mut seen = header.header_bytes;
-    let mut weights = Weights::allocate(header)?;
-    let mut slots = weights.slots().into_iter();
-    let mut into: &mut [u8] = &mut [];
-    let mut push = |mut chunk: &[u8]| {
-        seen += chunk.len() as u64;
-        while !chunk.is_empty() {
-            if into.is_empty() {
-                let Some(slot) = slots.next() else {
-                    break;
-                };
-                into = slot.bytes;
-            }
-            let n = chunk.len().min(into.len());
-            let (now, rest) = std::mem::take(&mut into).split_at_mut(n);
-            now.copy_from_slice(&chunk[..n]);
-            (into, chunk) = (rest, &chunk[n..]);
-        }
-        seen
-    };
-    let mut actual = push(&first);
-    drop(first);
-    for chunk in chunks {
-        actual = push(chunk?.as_ref());
-    }
+/// A [`ModelError`] for bytes that are no usable weights.
+pub fn from_bytes(bytes: &[u8]) -> Result<Weights, ModelError> {
+    let (header, data) = split_header(bytes)?;
+    let header = Header::parse(&[header], None)?;
+    let (expected, actual) = (header.file_bytes(), bytes.len() as u64);
     if actual != expected {
-        return Err(ModelError::Length { expected, actual }.into());
+        return Err(ModelError::Length { expected, actual });
+    }
+    let mut weights = Weights::allocate(header)?;
+    let mut data = data;
+    for slot in weights.slots() {
+        let (now, rest) = data.split_at(slot.bytes.len());
+        slot.bytes.copy_from_slice(now);
+        data = rest;
     }
     Ok(weights)
+}
+
+/// The header of a file and what follows it.
+fn split_header(bytes: &[u8]) -> Result<(&[u8], &[u8]), ModelError> {
+    let short = |expected: usize| ModelError::Length {
+        expected: expected as u64,
+        actual: bytes.len() as u64,
+    };
+    let first = bytes.first_chunk::<8>().ok_or_else(|| short(8))?;
+    let length = Header::length(*first)?;
+    bytes.split_at_checked(length).ok_or_else(|| short(length))
 }
 
 /// Appends little-endian values of `dtype` to `out` as f32. `bytes` holds whole values.
@@ -229,32 +186,9 @@ fn convert(dtype: Dtype, bytes: &[u8], out: &mut Vec<f32>) {
 mod tests {
     use super::*;
 
-    fn read_built_in(
-        chunks: impl IntoIterator<Item = &'static [u8]>,
-    ) -> Result<Weights, ModelError> {
-        read(chunks.into_iter().map(Ok), None, |_| Ok(()))
-    }
-
-    fn built_in(chunk: usize) -> Weights {
-        read_built_in(super::super::BUILT_IN.chunks(chunk)).unwrap()
-    }
-
-    #[test]
-    fn any_chunking_gives_the_same_tensors() {
-        let whole = built_in(usize::MAX);
-        for chunk in [1 << 20, 4097, 1001] {
-            let parts = built_in(chunk);
-            for name in whole.places.keys() {
-                let (_, a) = whole.tensor_bytes(name).unwrap();
-                let (_, b) = parts.tensor_bytes(name).unwrap();
-                assert_eq!(a, b, "{name} in chunks of {chunk}");
-            }
-        }
-    }
-
     #[test]
     fn values_agree_with_the_safetensors_crate() {
-        let ours = built_in(65_537);
+        let ours = from_bytes(super::super::BUILT_IN).unwrap();
         let reference =
             candle_core::safetensors::load_buffer(super::super::BUILT_IN, &Device::Cpu).unwrap();
         assert_eq!(ours.header.tensors.len(), reference.len());
@@ -269,13 +203,13 @@ mod tests {
     fn every_truncation_and_excess_is_an_error() {
         let bytes = super::super::BUILT_IN;
         for n in [0, 7, 8, 100, 5000, bytes.len() / 2, bytes.len() - 1] {
-            let result = read_built_in([&bytes[..n]]);
+            let result = from_bytes(&bytes[..n]);
             assert!(
                 matches!(result.err(), Some(ModelError::Length { .. })),
                 "{n} bytes"
             );
         }
-        let result = read_built_in([bytes, &[0]]);
+        let result = from_bytes(&[bytes, &[0]].concat());
         assert!(matches!(result.err(), Some(ModelError::Length { .. })));
     }
 }

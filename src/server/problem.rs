@@ -208,7 +208,7 @@ impl From<EngineError> for Failure {
                 let detail = format!(
                     "no model is called `{}`; there is {}",
                     shown(&name),
-                    known.join(", ")
+                    some_of(&known)
                 );
                 let errors = vec![FieldError {
                     field: "model".to_owned(),
@@ -224,6 +224,10 @@ impl From<EngineError> for Failure {
                     )
                 }
             }
+            EngineError::ModelRequired { known } => Self::field(
+                "model",
+                format!("name one of the models; there is {}", some_of(&known)),
+            ),
             EngineError::UnknownClass { label, known } => Self::field(
                 "label",
                 format!(
@@ -291,10 +295,16 @@ impl From<LoadError> for Failure {
                     "weights-denied",
                     "the store refuses access to the weights".to_owned(),
                 ),
-                StorageError::Digest { .. } => (
+                StorageError::Digest { .. } | StorageError::Chunk { .. } => (
                     StatusCode::BAD_GATEWAY,
                     "weights-digest",
                     storage.to_string(),
+                ),
+                StorageError::DigestFile { .. } | StorageError::Index { .. } => (
+                    StatusCode::BAD_GATEWAY,
+                    "weights-invalid",
+                    "a file beside the weights, their digest or index, is not valid; the log says why"
+                        .to_owned(),
                 ),
                 StorageError::NoWeights(_) => (
                     StatusCode::BAD_GATEWAY,
@@ -307,7 +317,7 @@ impl From<LoadError> for Failure {
                     "the client for the store of the weights cannot be built; the log says why"
                         .to_owned(),
                 ),
-                StorageError::Io { .. } => (
+                StorageError::Io { .. } | StorageError::Read(_) => (
                     StatusCode::BAD_GATEWAY,
                     "weights-unreadable",
                     "the weights cannot be read; the log says why".to_owned(),

@@ -111,7 +111,10 @@ impl App {
                 self.draw(params::many(&body, &self.config)?, &headers)
                     .await
             }
-            "/v1/models" => get_only(&request).map(|()| json(StatusCode::OK, &self.models())),
+            "/v1/models" => {
+                get_only(&request)?;
+                Ok(json(StatusCode::OK, &self.models().await))
+            }
             "/health/live" | "/health/startup" | "/health" => {
                 get_only(&request).map(|()| json(StatusCode::OK, &self.health("ok")))
             }
@@ -197,16 +200,24 @@ impl App {
     }
 
     fn health(&self, status: &str) -> Health {
-        let states: Vec<ModelState> = self.engine.models().into_iter().map(|m| m.state).collect();
+        let states: Vec<ModelState> = self.engine.loaded().into_iter().map(|m| m.state).collect();
+        let any = |state| states.contains(&state);
+        let state = if any(ModelState::Ready) {
+            ModelState::Ready
+        } else if any(ModelState::Loading) {
+            ModelState::Loading
+        } else {
+            ModelState::Cold
+        };
         Health {
             status: status.to_owned(),
-            model: states.first().map_or("cold", |s| state_name(*s)).to_owned(),
+            model: state_name(state).to_owned(),
         }
     }
 
-    fn models(&self) -> Models {
+    async fn models(&self) -> Models {
         Models {
-            models: self.engine.models().into_iter().map(entry).collect(),
+            models: self.engine.models().await.into_iter().map(entry).collect(),
         }
     }
 }
@@ -220,6 +231,7 @@ fn entry(model: ModelStatus) -> ModelEntry {
         parameters: info.header.parameters(),
         device: info.device.to_owned(),
         origin: info.origin.to_owned(),
+        verified: info.verified.to_owned(),
         default_steps: info.header.sampler.steps,
         default_guidance: info.header.sampler.guidance,
     });
@@ -229,6 +241,7 @@ fn entry(model: ModelStatus) -> ModelEntry {
         source: model.source,
         bytes_arrived: model.bytes_arrived,
         bytes_total: model.bytes_total,
+        seconds_left: model.left.map(|left| left.as_secs_f64().ceil() as u64),
         error: model.error.map(|e| e.to_string()),
         ready,
     }

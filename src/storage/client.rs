@@ -2,17 +2,20 @@
 //!
 //! Credentials and endpoints are each provider's own: its environment variables, then its metadata service.
 
-use super::error::Cause;
-use super::fetch;
-use super::{ModelUri, StorageConfig, StorageError, hub};
+use super::digest::{MANIFEST_SUFFIX, SHA256_SUFFIX};
+use super::{Catalogue, ModelUri, StorageConfig, StorageError, hub};
 use http::{HeaderMap, HeaderValue, header};
 use object_store::aws::AmazonS3Builder;
 use object_store::azure::MicrosoftAzureBuilder;
+use object_store::client::{
+    HttpClient, HttpConnector, HttpError, HttpRequest, HttpResponse, HttpService, ReqwestConnector,
+};
 use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::http::HttpBuilder;
 use object_store::path::Path;
 use object_store::{ClientOptions, ObjectStore, RetryConfig};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 use url::Url;
 
 /// An object's store, and its place in it.
@@ -20,13 +23,126 @@ use url::Url;
 pub(super) struct Location {
     pub(super) store: Arc<dyn ObjectStore>,
     pub(super) path: Path,
-    /// For errors and logs.
+    /// For errors and logs, and the key of the cache.
     pub(super) uri: String,
     /// A revision that pins the content by itself (a commit).
     pub(super) revision: Option<String>,
-    /// Where a `config.json` lies next to the weights.
-    pub(super) beside: Option<Path>,
+    /// When the store wants to be asked again.
+    pub(super) pause: Arc<Pause>,
+    /// What the hub lists of the repository.
+    pub(super) listing: Option<Arc<Vec<hub::RepoFile>>>,
+    /// Whether other objects can be asked for: a signed URL is good for one.
+    pub(super) has_siblings: bool,
 }
+
+impl Location {
+    /// Another object in the same folder.
+    pub(super) fn sibling(&self, name: &str) -> Self {
+        let swap = |text: &str| match text.rsplit_once('/') {
+            Some((folder, _)) => format!("{folder}/{name}"),
+            None => name.to_owned(),
+        };
+        Self {
+            path: Path::from(swap(self.path.as_ref())),
+            uri: swap(&self.uri),
+            ..self.clone()
+        }
+    }
+
+    /// The object's name in its folder.
+    pub(super) fn name(&self) -> &str {
+        self.path.filename().unwrap_or_default()
+    }
+
+    /// What the hub says of the object itself.
+    pub(super) fn listed(&self) -> Option<&hub::RepoFile> {
+        let path = self.path.as_ref();
+        let listing = self.listing.as_deref()?;
+        listing
+            .iter()
+            .find(|f| path.ends_with(&format!("/{}", f.name)))
+    }
+
+    /// Whether a sibling may exist: a listing, where there is one, says.
+    pub(super) fn may_have(&self, name: &str) -> bool {
+        self.has_siblings
+            && self
+                .listing
+                .as_ref()
+                .is_none_or(|l| l.iter().any(|f| f.name.rsplit('/').next() == Some(name)))
+    }
+
+    pub(super) fn manifest(&self) -> Self {
+        self.sibling(&format!("{}{MANIFEST_SUFFIX}", self.name()))
+    }
+
+    pub(super) fn sha256_file(&self) -> Self {
+        self.sibling(&format!("{}{SHA256_SUFFIX}", self.name()))
+    }
+}
+
+/// What stores say in Retry-After. object_store's errors do not pass it on, so it is noted where answers arrive.
+#[derive(Debug, Default)]
+pub(super) struct Pause {
+    until: Mutex<Option<Instant>>,
+}
+
+impl Pause {
+    /// Longest pause that a store is granted; the load's own time-out comes on top.
+    const MAX: Duration = Duration::from_secs(30);
+
+    fn note(&self, response: &HttpResponse, now: Instant) {
+        let status = response.status().as_u16();
+        let seconds = response
+            .headers()
+            .get(header::RETRY_AFTER)
+            .filter(|_| status == 429 || status >= 500)
+            .and_then(|v| v.to_str().ok()?.trim().parse().ok());
+        if let Some(seconds) = seconds {
+            let until = now + Duration::from_secs(seconds).min(Self::MAX);
+            *self.until.lock().unwrap_or_else(PoisonError::into_inner) = Some(until);
+        }
+    }
+
+    /// How long the store still wants to be left alone.
+    pub(super) fn left(&self, now: Instant) -> Duration {
+        let until = *self.until.lock().unwrap_or_else(PoisonError::into_inner);
+        until.map_or(Duration::ZERO, |u| u.saturating_duration_since(now))
+    }
+}
+
+/// Builds object_store's own clients, and listens to what comes back.
+#[derive(Debug)]
+struct Connector {
+    pause: Arc<Pause>,
+}
+
+impl HttpConnector for Connector {
+    fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
+        Ok(HttpClient::new(Listening {
+            inner: ReqwestConnector::default().connect(options)?,
+            pause: self.pause.clone(),
+        }))
+    }
+}
+
+#[derive(Debug)]
+struct Listening {
+    inner: HttpClient,
+    pause: Arc<Pause>,
+}
+
+#[async_trait::async_trait]
+impl HttpService for Listening {
+    async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
+        let response = self.inner.execute(request).await?;
+        self.pause.note(&response, Instant::now());
+        Ok(response)
+    }
+}
+
+/// Ending of the name of a sharded model's index.
+pub(super) const INDEX_SUFFIX: &str = ".safetensors.index.json";
 
 /// Builds the client of a remote URI.
 pub(super) async fn locate(
@@ -34,6 +150,10 @@ pub(super) async fn locate(
     config: &StorageConfig,
 ) -> Result<Location, StorageError> {
     use_ring();
+    let pause = Arc::<Pause>::default();
+    let connector = || Connector {
+        pause: pause.clone(),
+    };
     let failed = |error: object_store::Error| StorageError::Client {
         uri: uri.to_string(),
         source: Arc::new(error),
@@ -48,6 +168,7 @@ pub(super) async fn locate(
             let store = AmazonS3Builder::from_env()
                 .with_bucket_name(bucket)
                 .with_client_options(options)
+                .with_http_connector(connector())
                 .with_retry(no_retry())
                 .build();
             (Arc::new(store.map_err(failed)?), Path::from(key.as_str()))
@@ -58,6 +179,7 @@ pub(super) async fn locate(
             let store = GoogleCloudStorageBuilder::from_env()
                 .with_bucket_name(bucket)
                 .with_client_options(options)
+                .with_http_connector(connector())
                 .with_retry(no_retry())
                 .build();
             (Arc::new(store.map_err(failed)?), Path::from(key.as_str()))
@@ -71,12 +193,13 @@ pub(super) async fn locate(
             let store = MicrosoftAzureBuilder::from_env()
                 .with_container_name(container)
                 .with_client_options(options)
+                .with_http_connector(connector())
                 .with_retry(no_retry())
                 .build();
             (Arc::new(store.map_err(failed)?), Path::from(key.as_str()))
         }
         ModelUri::Http(url) => (
-            http_store(url, HeaderMap::new(), config).map_err(failed)?,
+            http_store(url, HeaderMap::new(), connector(), config).map_err(failed)?,
             path_of(url).map_err(failed)?,
         ),
         ModelUri::Hub {
@@ -89,18 +212,22 @@ pub(super) async fn locate(
                 source,
             })?;
             let repository = hub.resolve(repo, revision, config).await?;
+            let listed = |name: &str| repository.files.iter().any(|f| f.name == name);
+            let index = file.replace(".safetensors", INDEX_SUFFIX);
+            let file = if !listed(file) && listed(&index) {
+                &index
+            } else {
+                file
+            };
             let url = hub.file_url(repo, &repository.commit, file);
-            let beside = repository
-                .files
-                .iter()
-                .any(|f| f == "config.json")
-                .then(|| path_of(&hub.file_url(repo, &repository.commit, "config.json")));
             return Ok(Location {
-                store: http_store(&url, hub.headers(), config).map_err(failed)?,
+                store: http_store(&url, hub.headers(), connector(), config).map_err(failed)?,
                 path: path_of(&url).map_err(failed)?,
-                uri: uri.to_string(),
+                uri: format!("hf://{repo}@{revision}/{file}"),
                 revision: Some(repository.commit),
-                beside: beside.transpose().map_err(failed)?,
+                pause,
+                listing: Some(Arc::new(repository.files)),
+                has_siblings: true,
             });
         }
         ModelUri::File(_) => unreachable!("files are read without a client"),
@@ -110,32 +237,59 @@ pub(super) async fn locate(
         path,
         uri: uri.to_string(),
         revision: None,
-        beside: None,
+        pause,
+        listing: None,
+        has_siblings: !matches!(uri, ModelUri::Http(url) if url.query().is_some()),
     })
 }
 
-/// The text of the `config.json` next to an object, where the store lists one.
-pub(super) async fn beside(
-    uri: &ModelUri,
-    location: &Location,
+/// Models right under a catalogue: weights files, and folders.
+pub(super) async fn list(
+    catalogue: &Catalogue,
     config: &StorageConfig,
-) -> Result<Option<String>, StorageError> {
-    let Some(path) = &location.beside else {
-        return Ok(None);
-    };
-    let text = fetch::small(location, path, config).await?;
-    String::from_utf8(text)
-        .map(Some)
-        .map_err(|e| StorageError::Unexpected {
-            uri: uri.to_string(),
-            source: Arc::new(e) as Cause,
-        })
+    max: usize,
+) -> Result<Vec<String>, StorageError> {
+    let stem = |file: &str| file.strip_suffix(".safetensors").map(str::to_owned);
+    let place = catalogue.places(&"x".parse().expect("a letter is a name"));
+    let location = locate(&place[0], config).await?;
+    if let Some(listing) = &location.listing {
+        let names = listing.iter().filter_map(|f| match f.name.split_once('/') {
+            Some((folder, "model.safetensors" | "model.safetensors.index.json")) => {
+                Some(folder.to_owned())
+            }
+            Some(_) => None,
+            None => stem(&f.name),
+        });
+        return Ok(names.take(max).collect());
+    }
+    let parts: Vec<_> = location.path.parts().collect();
+    let folder = Path::from_iter(parts[..parts.len() - 1].iter().cloned());
+    let list = location.store.list_with_delimiter(Some(&folder));
+    let wait = config.connect_timeout + config.stall_timeout;
+    let uri = catalogue.to_string();
+    let found = tokio::time::timeout(wait, list)
+        .await
+        .map_err(|elapsed| StorageError::Unavailable {
+            uri: uri.clone(),
+            source: Arc::new(elapsed),
+        })?
+        .map_err(|e| StorageError::store(&uri, e))?;
+    let files = found
+        .objects
+        .iter()
+        .filter_map(|o| stem(o.location.filename()?));
+    let folders = found
+        .common_prefixes
+        .iter()
+        .filter_map(|p| p.filename().map(str::to_owned));
+    Ok(files.chain(folders).take(max).collect())
 }
 
 /// A store whose root is the URL's host. The query, if any, goes with each request.
 fn http_store(
     url: &Url,
     headers: HeaderMap,
+    connector: Connector,
     config: &StorageConfig,
 ) -> Result<Arc<dyn ObjectStore>, object_store::Error> {
     let mut root = url.clone();
@@ -151,6 +305,7 @@ fn http_store(
         HttpBuilder::new()
             .with_url(root.as_str())
             .with_client_options(options)
+            .with_http_connector(connector)
             .with_retry(no_retry())
             .build()?,
     ))

@@ -23,8 +23,15 @@ pub enum StorageError {
     Changed,
     #[error("{actual} of {expected} bytes arrived")]
     Truncated { expected: u64, actual: u64 },
-    #[error("the weights have SHA-256 {actual}, MODEL_SHA256 says {expected}")]
+    #[error("the weights have SHA-256 {actual}, expected is {expected}")]
     Digest { expected: String, actual: String },
+    #[error("chunk {index} of the weights has another digest than their manifest says")]
+    Chunk { index: usize },
+    /// A file that says what the weights' digest is, and cannot be read.
+    #[error("`{uri}` is no digest of the weights: {why}")]
+    DigestFile { uri: String, why: String },
+    #[error("`{uri}` is no index of weights: {why}")]
+    Index { uri: String, why: String },
     #[error("the cached copy is damaged and was put aside")]
     CacheCorrupt,
     #[error("cannot {what} `{}`", path.display())]
@@ -33,6 +40,9 @@ pub enum StorageError {
         path: PathBuf,
         source: Arc<std::io::Error>,
     },
+    /// An open file cannot be read any more.
+    #[error("the weights cannot be read")]
+    Read(#[source] Arc<std::io::Error>),
     #[error("the folder `{}` holds no weights: expected model.safetensors, or exactly one *.safetensors", .0.display())]
     NoWeights(PathBuf),
     #[error("the read was given up")]

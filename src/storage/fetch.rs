@@ -1,29 +1,32 @@
-//! One object, by many ranges at once, given out in order.
+//! One remote object, by ranges that are all of the same version.
 //!
-//! The first request asks for the first range and learns size and version from its answer; every other range
-//! is pinned to that version (If-Match), and its answer is checked against it, for there are stores that
-//! ignore the condition. A range that breaks off goes on where it stopped.
+//! The first request asks for the first MB and learns size and version from its answer; every other range is
+//! pinned to that version (If-Match), and its answer is checked against it, for there are stores that ignore the
+//! condition. A range that breaks off goes on where it stopped; one that stalls is given up and asked for again.
 
 use super::client::Location;
-use super::{Progress, Reader, StorageConfig, StorageError};
+use super::digest::CHUNK_BYTES;
+use super::plan::Chunk;
+use super::{Progress, StorageConfig, StorageError};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use object_store::{GetOptions, GetRange, GetResult, ObjectMeta, ObjectStoreExt as _};
 use serde::{Deserialize, Serialize};
-use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::Duration;
-use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
+use std::time::{Duration, Instant};
 use tokio::time::{sleep, timeout};
 
 const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
-/// A `config.json` is some hundred bytes.
-const SMALL_BYTES_MAX: u64 = 1 << 20;
+/// What the first request asks for: any header, and the whole of a small model. No chunk is smaller, so the first
+/// answer never reaches into a second one.
+const FIRST_BYTES: u64 = *CHUNK_BYTES.start();
+/// A `config.json` is some hundred bytes; the manifest of 1 TB in chunks of 8 MB has 9 MB.
+const SMALL_BYTES_MAX: u64 = 16 << 20;
+
+pub(super) type Body = BoxStream<'static, object_store::Result<Bytes>>;
 
 /// What tells one state of an object from another.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,19 +67,21 @@ impl Version {
     }
 }
 
-/// An object whose first answer has begun to arrive.
-pub(super) struct Object {
-    pub(super) location: Location,
-    pub(super) version: Version,
-    first: BoxStream<'static, object_store::Result<Bytes>>,
-    /// Whether the store answers ranges.
-    ranged: bool,
-}
-
 pub(super) enum Opened {
     /// It is as it was when `known` was fetched.
     Unchanged,
-    Object(Object),
+    /// The object, and the body of its first answer.
+    Object(Remote, Body),
+}
+
+/// An object at one version.
+pub(super) struct Remote {
+    pub(super) location: Location,
+    pub(super) version: Version,
+    /// Whether the store answers ranges. Else its first body is all there is.
+    pub(super) ranged: bool,
+    config: StorageConfig,
+    progress: Arc<Progress>,
 }
 
 /// Makes the first request, conditional where a version is known already.
@@ -84,24 +89,15 @@ pub(super) async fn open(
     location: Location,
     known: Option<&Version>,
     config: &StorageConfig,
+    progress: &Arc<Progress>,
 ) -> Result<Opened, StorageError> {
     if let (Some(revision), Some(known)) = (&location.revision, known)
         && known.revision.as_ref() == Some(revision)
     {
         return Ok(Opened::Unchanged);
     }
-    let mut attempt = 0;
-    let (result, ranged) = loop {
-        match first_answer(&location, known, config).await {
-            Ok(answer) => break answer,
-            Err(error) if error.is_transient() && attempt + 1 < config.attempts_max => {
-                tracing::debug!(attempt, error = %error, "the first request is made again");
-                sleep(backoff(attempt)).await;
-                attempt += 1;
-            }
-            Err(error) => return Err(error),
-        }
-    };
+    let first = || first_answer(&location, known, config);
+    let (result, ranged) = retried(&location, config, first).await?;
     let Some(result) = result else {
         return Ok(Opened::Unchanged);
     };
@@ -110,12 +106,33 @@ pub(super) async fn open(
     if version.is_identity() && known == Some(&version) {
         return Ok(Opened::Unchanged);
     }
-    Ok(Opened::Object(Object {
+    let remote = Remote {
         location,
         version,
-        first: result.into_stream(),
         ranged,
-    }))
+        config: config.clone(),
+        progress: progress.clone(),
+    };
+    Ok(Opened::Object(remote, result.into_stream()))
+}
+
+/// Tries until it succeeds, fails for good, or has failed often enough.
+async fn retried<T, F: Future<Output = Result<T, StorageError>>>(
+    location: &Location,
+    config: &StorageConfig,
+    attempt: impl Fn() -> F,
+) -> Result<T, StorageError> {
+    let mut failed = 0;
+    loop {
+        match attempt().await {
+            Err(error) if error.is_transient() && failed + 1 < config.attempts_max => {
+                tracing::debug!(uri = location.uri, failed, error = %error, "a request is made again");
+                pause(location, failed).await;
+                failed += 1;
+            }
+            result => return result,
+        }
+    }
 }
 
 /// The first answer, and whether it is a range; none: not modified.
@@ -125,7 +142,7 @@ async fn first_answer(
     config: &StorageConfig,
 ) -> Result<(Option<GetResult>, bool), StorageError> {
     let if_none_match = known.and_then(|k| k.etag.clone());
-    let range = Some(GetRange::Bounded(0..config.range_bytes));
+    let range = Some(GetRange::Bounded(0..FIRST_BYTES));
     let options = GetOptions {
         if_none_match: if_none_match.clone(),
         range,
@@ -175,258 +192,231 @@ async fn request(
     options: GetOptions,
     config: &StorageConfig,
 ) -> Result<GetResult, Failed> {
-    match timeout(
-        config.connect_timeout + config.stall_timeout,
-        location.store.get_opts(&location.path, options),
-    )
-    .await
-    {
+    let wait = config.connect_timeout + config.stall_timeout;
+    match timeout(wait, location.store.get_opts(&location.path, options)).await {
         Ok(result) => result.map_err(Failed::Store),
-        Err(_) => Err(Failed::Stalled(
-            config.connect_timeout + config.stall_timeout,
-        )),
+        Err(_) => Err(Failed::Stalled(wait)),
     }
 }
 
-/// The whole object as a blocking reader. A task of the runtime fetches ahead of it, by a bounded number of
-/// ranges, and ends when the reader is dropped.
-pub(super) fn stream(object: Object, config: StorageConfig, progress: Arc<Progress>) -> Reader {
-    let size = object.version.size;
-    let (sender, mut receiver) = mpsc::channel(1);
-    let feed = tokio::spawn(feed(object, config, progress, sender));
-    // The task ends with the reader too: its channel is closed then.
-    Reader {
-        size,
-        feed: Some(feed.abort_handle()),
-        next: Box::new(move || receiver.blocking_recv()),
-    }
-}
-
-async fn feed(
-    object: Object,
-    config: StorageConfig,
-    progress: Arc<Progress>,
-    sender: mpsc::Sender<Result<Bytes, StorageError>>,
-) {
-    let Object {
-        location,
-        version,
-        first,
-        ranged,
-    } = object;
-    let concurrency = config.range_concurrency.max(1);
-    let size = version.size;
-    let reader = Arc::new(RangeReader {
-        location,
-        version,
-        config,
-        progress,
-    });
-    if !ranged {
-        return reader.pass_on(first, &sender).await;
-    }
-    let mut first = Some(first);
-    let mut ranges = split(size, reader.config.range_bytes).into_iter();
-    let mut under_way = VecDeque::with_capacity(concurrency);
-    loop {
-        // Each range is a task of its own: it goes on while the ones before it are being taken.
-        while under_way.len() < concurrency
-            && let Some(range) = ranges.next()
-        {
-            let (reader, body) = (reader.clone(), first.take());
-            under_way.push_back(AbortOnDrop(tokio::spawn(async move {
-                reader.read(range, body).await
-            })));
-        }
-        let Some(next) = under_way.pop_front() else {
-            return;
-        };
-        if !forward(next.join().await, &sender).await {
-            return;
-        }
-    }
-}
-
-/// Passes chunks or the error on; false: nobody listens, or it is over.
-async fn forward(
-    result: Result<Vec<Bytes>, StorageError>,
-    sender: &mpsc::Sender<Result<Bytes, StorageError>>,
-) -> bool {
-    match result {
-        Ok(chunks) => {
-            for chunk in chunks {
-                if sender.send(Ok(chunk)).await.is_err() {
-                    return false;
-                }
-            }
-            true
-        }
-        Err(error) => {
-            let _ = sender.send(Err(error)).await;
-            false
-        }
-    }
-}
-
-/// A task that does not outlive whoever waits for it.
-struct AbortOnDrop<T>(JoinHandle<T>);
-
-impl<T> Drop for AbortOnDrop<T> {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-impl<T> AbortOnDrop<Result<T, StorageError>> {
-    async fn join(mut self) -> Result<T, StorageError> {
-        (&mut self.0).await.unwrap_or(Err(StorageError::Cancelled))
-    }
-}
-
-fn split(size: u64, range_bytes: u64) -> Vec<Range<u64>> {
-    (0..size)
-        .step_by(usize::try_from(range_bytes).unwrap_or(usize::MAX))
-        .map(|start| start..(start + range_bytes).min(size))
-        .collect()
-}
-
-struct RangeReader {
-    location: Location,
-    version: Version,
-    config: StorageConfig,
-    progress: Arc<Progress>,
-}
-
-impl RangeReader {
-    /// A body that comes in one piece, from a store without ranges: nothing can be resumed, and chunks pass as
-    /// they come.
-    async fn pass_on(
+impl Remote {
+    /// Reads on until `head` has `n` bytes, from the first body and then by a request of its own.
+    ///
+    /// # Errors
+    /// [`StorageError::Truncated`] if the object is shorter than that.
+    pub(super) async fn read_head(
         &self,
-        mut body: BoxStream<'static, object_store::Result<Bytes>>,
-        sender: &mpsc::Sender<Result<Bytes, StorageError>>,
-    ) {
-        let stall = self.config.stall_timeout;
-        loop {
-            let chunk = match timeout(stall, body.next()).await {
-                Ok(None) => return,
-                Ok(Some(chunk)) => chunk.map_err(|e| StorageError::store(&self.location.uri, e)),
-                Err(_) => Err(Failed::Stalled(stall).into_error(&self.location)),
-            };
-            let over = chunk.is_err();
-            if let Ok(chunk) = &chunk {
-                self.progress
-                    .arrived
-                    .fetch_add(chunk.len() as u64, Ordering::Relaxed);
-            }
-            if sender.send(chunk).await.is_err() || over {
-                return;
-            }
-        }
-    }
-
-    /// All chunks of one range. `body` is its answer, where it has one already.
-    async fn read(
-        &self,
-        range: Range<u64>,
-        mut body: Option<BoxStream<'static, object_store::Result<Bytes>>>,
-    ) -> Result<Vec<Bytes>, StorageError> {
-        let mut chunks = Vec::new();
-        let mut at = range.start;
-        let mut attempt = 0;
-        loop {
-            let before = at;
-            let outcome = self
-                .attempt(at..range.end, body.take(), &mut chunks, &mut at)
-                .await;
-            let error = match outcome {
-                Ok(()) if at == range.end => return Ok(chunks),
-                Ok(()) => StorageError::Truncated {
-                    expected: range.end,
-                    actual: at,
-                },
-                Err(error) => error,
-            };
-            // What is going forward may go on; what is not gets a bounded number of tries.
-            attempt = if at > before { 0 } else { attempt + 1 };
-            if !error.is_transient()
-                || matches!(error, StorageError::Changed)
-                || attempt >= self.config.attempts_max
-            {
-                return Err(error);
-            }
-            tracing::debug!(start = at, end = range.end, attempt, error = %error, "a range is asked for again");
-            sleep(backoff(attempt)).await;
-        }
-    }
-
-    async fn attempt(
-        &self,
-        range: Range<u64>,
-        body: Option<BoxStream<'static, object_store::Result<Bytes>>>,
-        chunks: &mut Vec<Bytes>,
-        at: &mut u64,
+        head: &mut Vec<u8>,
+        body: &mut Option<Body>,
+        n: usize,
     ) -> Result<(), StorageError> {
-        let mut body = match body {
-            Some(body) => body,
-            None => {
-                let options = GetOptions {
-                    range: Some(GetRange::Bounded(range.clone())),
-                    if_match: self.version.strong_etag(),
-                    ..GetOptions::default()
-                };
-                let result = request(&self.location, options, &self.config)
-                    .await
-                    .map_err(|e| e.into_error(&self.location))?;
-                if !self.version.matches(&result.meta) {
-                    return Err(StorageError::Changed);
+        if n as u64 > self.version.size {
+            return Err(StorageError::Truncated {
+                expected: n as u64,
+                actual: self.version.size,
+            });
+        }
+        let mut failed = 0;
+        while head.len() < n {
+            let before = head.len();
+            let outcome = self.read_head_once(head, body, n).await;
+            failed = if head.len() > before { 0 } else { failed + 1 };
+            match outcome {
+                Ok(()) => {}
+                Err(error) if self.may_go_on(&error, failed) => {
+                    *body = None;
+                    pause(&self.location, failed).await;
                 }
-                result.into_stream()
+                Err(error) => return Err(error),
             }
-        };
-        let stall = self.config.stall_timeout;
-        while let Some(chunk) = timeout(stall, body.next())
-            .await
-            .map_err(|_| Failed::Stalled(stall).into_error(&self.location))?
-        {
-            let chunk = chunk.map_err(|e| StorageError::store(&self.location.uri, e))?;
-            *at += chunk.len() as u64;
-            if *at > range.end {
-                return Err(StorageError::Protocol(format!(
-                    "more bytes than asked for, in {}..{}",
-                    range.start, range.end
-                )));
-            }
-            self.progress
-                .arrived
-                .fetch_add(chunk.len() as u64, Ordering::Relaxed);
-            chunks.push(chunk);
         }
         Ok(())
     }
+
+    async fn read_head_once(
+        &self,
+        head: &mut Vec<u8>,
+        body: &mut Option<Body>,
+        n: usize,
+    ) -> Result<(), StorageError> {
+        let body = match body {
+            Some(body) => body,
+            None => body.insert(self.range(head.len() as u64..n as u64).await?),
+        };
+        while head.len() < n {
+            match self.next(body).await? {
+                Some(bytes) => head.extend_from_slice(&bytes),
+                None => {
+                    return Err(StorageError::Truncated {
+                        expected: n as u64,
+                        actual: head.len() as u64,
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills the rest of a chunk. `body` is an answer that goes on where the chunk does, if there is one.
+    pub(super) async fn read_chunk(
+        &self,
+        chunk: &mut Chunk<'_>,
+        mut body: Option<Body>,
+    ) -> Result<(), StorageError> {
+        let mut failed = 0;
+        while !chunk.is_full() {
+            let before = chunk.rest().start;
+            let outcome = self.read_chunk_once(chunk, body.take()).await;
+            // What is going forward may go on; what is not gets a bounded number of tries.
+            failed = if chunk.rest().start > before {
+                0
+            } else {
+                failed + 1
+            };
+            match outcome {
+                Ok(()) => {}
+                Err(error) if self.may_go_on(&error, failed) => {
+                    tracing::debug!(uri = self.location.uri, at = chunk.rest().start, failed, error = %error, "a range is asked for again");
+                    pause(&self.location, failed).await;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    async fn read_chunk_once(
+        &self,
+        chunk: &mut Chunk<'_>,
+        body: Option<Body>,
+    ) -> Result<(), StorageError> {
+        let first = body.is_some();
+        let mut body = match body {
+            Some(body) => body,
+            None => self.range(chunk.rest()).await?,
+        };
+        while let Some(bytes) = self.next(&mut body).await? {
+            let rest = chunk.write(&bytes);
+            self.progress.add(bytes.len() - rest.len());
+            if !rest.is_empty() {
+                return Err(StorageError::Protocol(
+                    "more bytes came than were asked for".to_owned(),
+                ));
+            }
+            if chunk.is_full() {
+                return Ok(());
+            }
+        }
+        // The first answer was asked for before anybody knew how long the chunk is.
+        if first && self.ranged || chunk.is_full() {
+            return Ok(());
+        }
+        Err(StorageError::Truncated {
+            expected: chunk.rest().end,
+            actual: chunk.rest().start,
+        })
+    }
+
+    /// Fills chunks one after the other from a body that holds the whole object: nothing can be asked for again.
+    pub(super) async fn read_all(
+        &self,
+        chunks: &mut [Chunk<'_>],
+        mut body: Body,
+    ) -> Result<(), StorageError> {
+        let mut chunks = chunks.iter_mut().skip_while(|c| c.is_full()).peekable();
+        while let Some(bytes) = self.next(&mut body).await? {
+            let mut rest = &bytes[..];
+            self.progress.add(rest.len());
+            while !rest.is_empty() {
+                let Some(chunk) = chunks.peek_mut() else {
+                    return Err(StorageError::Protocol(
+                        "more bytes came than the store announced".to_owned(),
+                    ));
+                };
+                rest = chunk.write(rest);
+                if chunk.is_full() {
+                    chunks.next();
+                }
+            }
+        }
+        match chunks.peek() {
+            None => Ok(()),
+            Some(chunk) => Err(StorageError::Truncated {
+                expected: self.version.size,
+                actual: chunk.rest().start,
+            }),
+        }
+    }
+
+    fn may_go_on(&self, error: &StorageError, failed: u32) -> bool {
+        self.ranged
+            && error.is_transient()
+            && !matches!(error, StorageError::Changed)
+            && failed < self.config.attempts_max
+    }
+
+    /// The body of a range of this version.
+    async fn range(&self, range: Range<u64>) -> Result<Body, StorageError> {
+        let options = GetOptions {
+            range: Some(GetRange::Bounded(range)),
+            if_match: self.version.strong_etag(),
+            ..GetOptions::default()
+        };
+        let result = request(&self.location, options, &self.config)
+            .await
+            .map_err(|e| e.into_error(&self.location))?;
+        if !self.version.matches(&result.meta) {
+            return Err(StorageError::Changed);
+        }
+        Ok(result.into_stream())
+    }
+
+    /// The next bytes of a body, if they come in time.
+    async fn next(&self, body: &mut Body) -> Result<Option<Bytes>, StorageError> {
+        let stall = self.config.stall_timeout;
+        match timeout(stall, body.next()).await {
+            Ok(next) => next
+                .transpose()
+                .map_err(|e| StorageError::store(&self.location.uri, e)),
+            Err(_) => Err(Failed::Stalled(stall).into_error(&self.location)),
+        }
+    }
 }
 
-/// The wait before try `attempt`: doubling, half of it random, so that many instances do not come back at once.
-fn backoff(attempt: u32) -> Duration {
+/// Waits before try `failed`, or longer if the store asked for it.
+async fn pause(location: &Location, failed: u32) {
+    sleep(backoff(failed).max(location.pause.left(Instant::now()))).await;
+}
+
+/// Doubling, half of it random, so that many instances do not come back at once.
+fn backoff(failed: u32) -> Duration {
     let whole = BACKOFF_FIRST
-        .saturating_mul(1 << attempt.min(10))
+        .saturating_mul(1 << failed.min(10))
         .min(BACKOFF_MAX);
     let random = f64::from(getrandom::u32().unwrap_or(u32::MAX / 2)) / f64::from(u32::MAX);
     whole.mul_f64(0.5 + 0.5 * random)
 }
 
-/// A whole small file next to an object.
+/// A whole small file; none if there is no such file.
 pub(super) async fn small(
     location: &Location,
-    path: &object_store::path::Path,
     config: &StorageConfig,
-) -> Result<Vec<u8>, StorageError> {
+) -> Result<Option<Vec<u8>>, StorageError> {
+    match retried(location, config, || small_once(location, config)).await {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(StorageError::NotFound(_)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+async fn small_once(location: &Location, config: &StorageConfig) -> Result<Vec<u8>, StorageError> {
     let store = |e| StorageError::store(&location.uri, e);
     let read = async {
-        let result = location.store.get(path).await.map_err(store)?;
+        let result = location.store.get(&location.path).await.map_err(store)?;
         if result.meta.size > SMALL_BYTES_MAX {
             return Err(StorageError::Protocol(format!(
-                "`{path}` has {} bytes, at most {SMALL_BYTES_MAX} are read",
-                result.meta.size
+                "`{}` has {} bytes, at most {SMALL_BYTES_MAX} are read",
+                location.uri, result.meta.size
             )));
         }
         Ok(result.bytes().await.map_err(store)?.to_vec())
@@ -436,27 +426,25 @@ pub(super) async fn small(
         .map_err(|_| Failed::Stalled(config.stall_timeout).into_error(location))?
 }
 
+/// The same for a file that few have: a store that may not be listed answers 403 for what is not there.
+pub(super) async fn small_if_there(
+    location: &Location,
+    config: &StorageConfig,
+) -> Result<Option<Vec<u8>>, StorageError> {
+    match small(location, config).await {
+        Err(StorageError::Denied { .. } | StorageError::Unexpected { .. }) => Ok(None),
+        result => result,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn ranges_cover_every_byte_once() {
-        for (size, range) in [(0, 8), (1, 8), (8, 8), (9, 8), (1000, 7)] {
-            let ranges = split(size, range);
-            assert_eq!(ranges.iter().map(|r| r.end - r.start).sum::<u64>(), size);
-            assert!(
-                ranges
-                    .windows(2)
-                    .all(|w| w[0].end == w[1].start && w[0].end - w[0].start == range)
-            );
-        }
-    }
-
-    #[test]
     fn waits_grow_and_stay_bounded() {
-        for attempt in 0..40 {
-            let wait = backoff(attempt);
+        for failed in 0..40 {
+            let wait = backoff(failed);
             assert!(wait <= BACKOFF_MAX && wait >= BACKOFF_FIRST / 2, "{wait:?}");
         }
     }

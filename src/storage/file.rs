@@ -1,40 +1,42 @@
-//! Weights on a disk.
+//! Weights on a disk: one file, a folder with one, or a sharded model with its index.
 
-use super::{Reader, StorageError};
-use bytes::Bytes;
-use std::fs::File;
-use std::io::Read;
+use super::StorageError;
+use super::client::INDEX_SUFFIX;
+use super::digest::{Beside, MANIFEST_SUFFIX, SHA256_SUFFIX};
+use serde::Deserialize;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-/// Bytes read at a time.
-const CHUNK_BYTES: usize = 1 << 20;
-
-/// An open weights file and where it is.
-pub(super) struct WeightsFile {
-    pub(super) path: PathBuf,
-    file: File,
-    size: u64,
-}
-
-/// Opens a weights file, or the one in a folder: `model.safetensors`, or else the only one.
-pub(super) fn open(path: &Path) -> Result<WeightsFile, StorageError> {
+/// The files of a model: its one file, or its shards by name.
+///
+/// # Errors
+/// [`StorageError::NoWeights`] for a folder without weights, or with several.
+pub(super) fn find(path: &Path) -> Result<Vec<PathBuf>, StorageError> {
     let path = if path.is_dir() {
         inside(path)?
     } else {
         path.to_owned()
     };
-    let file = File::open(&path).map_err(StorageError::io("open", &path))?;
-    let size = file
-        .metadata()
-        .map_err(StorageError::io("inspect", &path))?
-        .len();
-    Ok(WeightsFile { path, file, size })
+    if !path.to_string_lossy().ends_with(INDEX_SUFFIX) {
+        return Ok(vec![path]);
+    }
+    let text = fs::read(&path).map_err(StorageError::io("read", &path))?;
+    let shards = shards(&path.display().to_string(), &text)?;
+    Ok(shards
+        .iter()
+        .map(|name| path.with_file_name(name))
+        .collect())
 }
 
+/// The usual name, the usual index, or else the only weights there are.
 fn inside(folder: &Path) -> Result<PathBuf, StorageError> {
-    let usual = folder.join("model.safetensors");
-    if usual.is_file() {
-        return Ok(usual);
+    for usual in ["model.safetensors", "model.safetensors.index.json"] {
+        let path = folder.join(usual);
+        if path.is_file() {
+            return Ok(path);
+        }
     }
     let mut found = weights_in(folder)?;
     match (found.pop(), found.is_empty()) {
@@ -44,7 +46,7 @@ fn inside(folder: &Path) -> Result<PathBuf, StorageError> {
 }
 
 fn weights_in(folder: &Path) -> Result<Vec<PathBuf>, StorageError> {
-    let entries = std::fs::read_dir(folder).map_err(StorageError::io("list", folder))?;
+    let entries = fs::read_dir(folder).map_err(StorageError::io("list", folder))?;
     Ok(entries
         .flatten()
         .map(|e| e.path())
@@ -61,43 +63,106 @@ pub(crate) fn holds_weights(path: &Path) -> bool {
     }
 }
 
-/// The text of the `config.json` next to a file.
-pub(super) fn beside(path: &Path) -> Result<Option<String>, StorageError> {
-    let config = path.with_file_name("config.json");
-    match std::fs::read_to_string(&config) {
-        Ok(text) => Ok(Some(text)),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(StorageError::io("read", &config)(e)),
+/// Models in a folder: weights files, and folders that hold weights.
+pub(super) fn list(folder: &Path) -> Result<Vec<String>, StorageError> {
+    let entries = fs::read_dir(folder).map_err(StorageError::io("list", folder))?;
+    let name = |path: PathBuf| {
+        if path.is_dir() {
+            let name = path.file_name()?.to_str()?.to_owned();
+            holds_weights(&path).then_some(name)
+        } else if path.extension()? == "safetensors" {
+            Some(path.file_stem()?.to_str()?.to_owned())
+        } else {
+            None
+        }
+    };
+    Ok(entries.flatten().filter_map(|e| name(e.path())).collect())
+}
+
+/// What Hugging Face's libraries write beside shards.
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+/// The names of an index's files, sorted.
+///
+/// # Errors
+/// A text that is no index, or names files elsewhere.
+pub(super) fn shards(uri: &str, text: &[u8]) -> Result<Vec<String>, StorageError> {
+    let invalid = |why: String| StorageError::Index {
+        uri: uri.to_owned(),
+        why,
+    };
+    let index: Index = serde_json::from_slice(text).map_err(|e| invalid(e.to_string()))?;
+    let names: BTreeSet<String> = index.weight_map.into_values().collect();
+    if names.is_empty() || names.len() > super::SHARDS_MAX {
+        return Err(invalid(format!(
+            "it names {} files, expected 1 to {}",
+            names.len(),
+            super::SHARDS_MAX
+        )));
+    }
+    let plain = |name: &String| {
+        !name.is_empty()
+            && !name.starts_with('.')
+            && name
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+    };
+    match names.iter().find(|name| !plain(name)) {
+        Some(name) => Err(invalid(format!(
+            "`{}` is no name of a file beside it",
+            name.escape_debug()
+        ))),
+        None => Ok(names.into_iter().collect()),
     }
 }
 
-impl WeightsFile {
-    pub(super) fn into_reader(self) -> Reader {
-        let Self {
-            path,
-            mut file,
-            size,
-        } = self;
-        let mut left = size;
-        let next = move || {
-            let mut chunk = vec![0; CHUNK_BYTES.min(usize::try_from(left).unwrap_or(CHUNK_BYTES))];
-            if chunk.is_empty() {
-                return None;
-            }
-            match file.read(&mut chunk) {
-                Ok(0) => None,
-                Ok(n) => {
-                    chunk.truncate(n);
-                    left -= n as u64;
-                    Some(Ok(Bytes::from(chunk)))
-                }
-                Err(e) => Some(Err(StorageError::io("read", &path)(e))),
-            }
-        };
-        Reader {
-            size,
-            feed: None,
-            next: Box::new(next),
-        }
+/// The text of the `config.json` next to a file.
+pub(super) fn config_beside(path: &Path) -> Result<Option<String>, StorageError> {
+    let config = path.with_file_name("config.json");
+    let text = read_if_there(&config)?;
+    text.map(|bytes| {
+        String::from_utf8(bytes)
+            .map_err(|e| StorageError::Protocol(format!("`{}`: {e}", config.display())))
+    })
+    .transpose()
+}
+
+/// The digests next to a file.
+pub(super) fn digests_beside(path: &Path) -> Result<Beside, StorageError> {
+    let with = |suffix: &str| {
+        let mut name = path.as_os_str().to_owned();
+        name.push(suffix);
+        PathBuf::from(name)
+    };
+    Ok(Beside {
+        manifest: read_if_there(&with(MANIFEST_SUFFIX))?,
+        sha256: read_if_there(&with(SHA256_SUFFIX))?,
+        stated: None,
+    })
+}
+
+fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>, StorageError> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(StorageError::io("read", path)(e)),
     }
+}
+
+/// An open file, its size, and a text that changes when it does.
+pub(super) fn open(path: &Path) -> Result<(File, u64, String), StorageError> {
+    let file = File::open(path).map_err(StorageError::io("open", path))?;
+    let meta = file.metadata().map_err(StorageError::io("inspect", path))?;
+    let identity = format!(
+        "{} {} {} {}.{}",
+        path.display(),
+        meta.ino(),
+        meta.len(),
+        meta.mtime(),
+        meta.mtime_nsec()
+    );
+    Ok((file, meta.len(), identity))
 }

@@ -2,6 +2,7 @@
 //!
 //! HF_ENDPOINT (default <https://huggingface.co>) and HF_TOKEN are the Hub's own variables.
 
+use super::digest::parse_digest;
 use super::error::Cause;
 use super::{StorageConfig, StorageError};
 use http::{HeaderMap, HeaderValue, header};
@@ -17,7 +18,15 @@ pub(super) struct Hub {
 /// A repository at one commit.
 pub(super) struct Repository {
     pub(super) commit: String,
-    pub(super) files: Vec<String>,
+    pub(super) files: Vec<RepoFile>,
+}
+
+/// One file of a repository.
+pub(super) struct RepoFile {
+    /// With its folders.
+    pub(super) name: String,
+    /// Of files in large-file storage, which weights are.
+    pub(super) sha256: Option<[u8; 32]>,
 }
 
 #[derive(Deserialize)]
@@ -30,6 +39,22 @@ struct RevisionInfo {
 #[derive(Deserialize)]
 struct Sibling {
     rfilename: String,
+    #[serde(default)]
+    lfs: Option<Lfs>,
+}
+
+#[derive(Deserialize)]
+struct Lfs {
+    sha256: String,
+}
+
+impl From<Sibling> for RepoFile {
+    fn from(sibling: Sibling) -> Self {
+        Self {
+            name: sibling.rfilename,
+            sha256: sibling.lfs.and_then(|lfs| parse_digest(&lfs.sha256)),
+        }
+    }
 }
 
 impl Hub {
@@ -87,8 +112,11 @@ impl Hub {
             .timeout(config.stall_timeout)
             .build()
             .map_err(unavailable)?;
+        let mut url = self.at(&format!("api/models/{repo}/revision/{revision}"));
+        // With the digests of large files.
+        url.set_query(Some("blobs=true"));
         let response = client
-            .get(self.at(&format!("api/models/{repo}/revision/{revision}")))
+            .get(url)
             .headers(self.headers())
             .send()
             .await
@@ -113,7 +141,7 @@ impl Hub {
         }
         Ok(Repository {
             commit: info.sha,
-            files: info.siblings.into_iter().map(|s| s.rfilename).collect(),
+            files: info.siblings.into_iter().map(RepoFile::from).collect(),
         })
     }
 }

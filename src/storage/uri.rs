@@ -1,4 +1,4 @@
-//! Where weights are: a URI, parsed once.
+//! Where weights are: a URI, parsed once. One that ends in `/` is a catalogue: every model under it has a name.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -65,10 +65,8 @@ impl FromStr for ModelUri {
                 _ => Err(invalid("it needs a bucket and a key, bucket/key")),
             }
         };
-        if matches!(scheme, "s3" | "gs" | "az") && rest.ends_with('/') {
-            return Err(invalid(
-                "a folder of models is not supported yet; name one object",
-            ));
+        if rest.ends_with('/') {
+            return Err(invalid("it names a folder; name one object"));
         }
         match scheme {
             "s3" => object().map(|(bucket, key)| Self::S3 { bucket, key }),
@@ -133,6 +131,171 @@ impl ModelUri {
         name.strip_suffix(".safetensors").unwrap_or(name).to_owned()
     }
 }
+
+/// What MODEL_URI names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    Model(ModelUri),
+    Catalogue(Catalogue),
+}
+
+impl FromStr for Place {
+    type Err = InvalidUri;
+
+    fn from_str(text: &str) -> Result<Self, InvalidUri> {
+        if text.ends_with('/') {
+            text.parse().map(Self::Catalogue)
+        } else {
+            text.parse().map(Self::Model)
+        }
+    }
+}
+
+/// A folder of models: each a weights file, or a folder that holds one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Catalogue {
+    File(PathBuf),
+    S3 { bucket: String, prefix: String },
+    Gs { bucket: String, prefix: String },
+    Az { container: String, prefix: String },
+    Http(Url),
+    Hub { repo: String, revision: String },
+}
+
+impl FromStr for Catalogue {
+    type Err = InvalidUri;
+
+    /// `text` ends in `/`.
+    fn from_str(text: &str) -> Result<Self, InvalidUri> {
+        let folder = |key: &str| match key.rsplit_once('/') {
+            Some((folder, _)) => format!("{folder}/"),
+            None => String::new(),
+        };
+        // What is a place of models is a place of the model `x`, without the `x`.
+        let model = format!("{text}x").parse::<ModelUri>().or_else(|error| {
+            // A repository's root is a catalogue too.
+            let root = text.strip_prefix("hf://").map(|r| r.trim_end_matches('/'));
+            match root.and_then(hub) {
+                Some(model) if text.matches('/').count() == 4 => Ok(model),
+                _ => Err(error),
+            }
+        })?;
+        Ok(match model {
+            ModelUri::File(path) => Self::File(path.parent().map(PathBuf::from).unwrap_or(path)),
+            ModelUri::S3 { bucket, key } => Self::S3 {
+                bucket,
+                prefix: folder(&key),
+            },
+            ModelUri::Gs { bucket, key } => Self::Gs {
+                bucket,
+                prefix: folder(&key),
+            },
+            ModelUri::Az { container, key } => Self::Az {
+                container,
+                prefix: folder(&key),
+            },
+            ModelUri::Http(mut url) => {
+                let path = folder(url.path());
+                url.set_path(&path);
+                Self::Http(url)
+            }
+            ModelUri::Hub { repo, revision, .. } => Self::Hub { repo, revision },
+        })
+    }
+}
+
+impl Catalogue {
+    /// Where a model of that name may be, likeliest first.
+    pub fn places(&self, name: &ModelName) -> Vec<ModelUri> {
+        let name = &name.0;
+        if let Self::File(folder) = self {
+            return vec![
+                ModelUri::File(folder.join(format!("{name}.safetensors"))),
+                ModelUri::File(folder.join(name)),
+            ];
+        }
+        [
+            format!("{name}.safetensors"),
+            format!("{name}/model.safetensors"),
+            format!("{name}/model.safetensors.index.json"),
+        ]
+        .into_iter()
+        .map(|file| self.at(file))
+        .collect()
+    }
+
+    fn at(&self, file: String) -> ModelUri {
+        match self {
+            Self::File(folder) => ModelUri::File(folder.join(file)),
+            Self::S3 { bucket, prefix } => ModelUri::S3 {
+                bucket: bucket.clone(),
+                key: format!("{prefix}{file}"),
+            },
+            Self::Gs { bucket, prefix } => ModelUri::Gs {
+                bucket: bucket.clone(),
+                key: format!("{prefix}{file}"),
+            },
+            Self::Az { container, prefix } => ModelUri::Az {
+                container: container.clone(),
+                key: format!("{prefix}{file}"),
+            },
+            Self::Http(url) => {
+                let mut url = url.clone();
+                let path = format!("{}{file}", url.path());
+                url.set_path(&path);
+                ModelUri::Http(url)
+            }
+            Self::Hub { repo, revision } => ModelUri::Hub {
+                repo: repo.clone(),
+                revision: revision.clone(),
+                file,
+            },
+        }
+    }
+}
+
+/// Fit for logs and answers, as [`ModelUri`] is.
+impl fmt::Display for Catalogue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Hub { repo, revision } => write!(f, "hf://{repo}@{revision}/"),
+            _ => self.at(String::new()).fmt(f),
+        }
+    }
+}
+
+/// A name that a model in a catalogue may have: no path, no hidden file, nothing that a store would read otherwise.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ModelName(String);
+
+impl FromStr for ModelName {
+    type Err = InvalidName;
+
+    fn from_str(text: &str) -> Result<Self, InvalidName> {
+        let plain = text
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
+        let first = text.starts_with(|c: char| c.is_ascii_alphanumeric());
+        if plain && first && text.len() <= 64 {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(InvalidName)
+        }
+    }
+}
+
+impl fmt::Display for ModelName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// The text is no name of a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "a model's name has up to 64 letters, digits, `-`, `_` and `.`, and begins with a letter or digit"
+)]
+pub struct InvalidName;
 
 /// Fit for logs and answers: without user, password and query.
 impl fmt::Display for ModelUri {
@@ -217,5 +380,70 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(!text.contains("hunter2"), "{text}");
+    }
+
+    #[test]
+    fn a_catalogue_knows_where_its_models_may_be() {
+        for (text, shown, place) in [
+            ("s3://b/", "s3://b/", "s3://b/kmnist.safetensors"),
+            (
+                "gs://b/p/q/",
+                "gs://b/p/q/",
+                "gs://b/p/q/kmnist.safetensors",
+            ),
+            ("az://c/p/", "az://c/p/", "az://c/p/kmnist.safetensors"),
+            (
+                "https://u:secret@h/models/",
+                "https://h/models/",
+                "https://h/models/kmnist.safetensors",
+            ),
+            (
+                "hf://o/r/",
+                "hf://o/r@main/",
+                "hf://o/r@main/kmnist.safetensors",
+            ),
+            (
+                "hf://o/r@v1/",
+                "hf://o/r@v1/",
+                "hf://o/r@v1/kmnist.safetensors",
+            ),
+            ("file:///m/", "file:///m", "file:///m/kmnist.safetensors"),
+        ] {
+            let Ok(Place::Catalogue(catalogue)) = text.parse::<Place>() else {
+                panic!("{text}");
+            };
+            assert_eq!(
+                catalogue.to_string().trim_end_matches('/'),
+                shown.trim_end_matches('/')
+            );
+            let name = "kmnist".parse::<ModelName>().unwrap();
+            assert_eq!(catalogue.places(&name)[0].to_string(), place);
+        }
+        for text in ["s3:///", "hf://o/", "ftp://x/", "/", "x/"] {
+            assert!(text.parse::<Place>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn names_that_lead_elsewhere_are_no_names() {
+        for name in [
+            "",
+            ".",
+            "..",
+            "../x",
+            "a/b",
+            "a%2fb",
+            "-x",
+            ".x",
+            "a b",
+            "a\u{0}",
+            "\u{e9}",
+            &"x".repeat(65),
+        ] {
+            assert!(name.parse::<ModelName>().is_err(), "{name}");
+        }
+        for name in ["mnist", "v1.2_x-3", "7"] {
+            assert_eq!(name.parse::<ModelName>().unwrap().to_string(), name);
+        }
     }
 }
