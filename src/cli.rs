@@ -1,15 +1,16 @@
-//! The command line: serve, draw, inspect.
+//! The command line: serve, draw, inspect, fetch, pack.
 
 use crate::api::{Digits, GenerateRequest, Layout};
 use crate::client::{Client, ClientConfig};
 use crate::config::{Config, VARIABLES};
-use crate::engine::{self, DrawRequest, Engine, ModelState};
+use crate::engine::{self, DrawRequest, Engine, ModelState, Source};
 use crate::image::{Grid, Picture, assemble, encode, enlarge};
 use crate::model::{self, Header};
 use crate::storage::{self, ModelUri, Progress, Storage};
 use crate::{server, telemetry};
 use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
+use sha2::Digest as _;
 use std::error::Error;
 use std::io::{IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -38,6 +39,23 @@ enum Command {
     Inspect {
         /// A file, a folder, or a URI such as s3://bucket/model.safetensors
         place: String,
+    },
+    /// Fetch and verify weights ahead of time: into a file or folder, such as a layer of an image, or into the cache
+    Fetch {
+        /// Where the weights are [default: MODEL_URI]
+        uri: Option<String>,
+        /// The file to write, or the folder that a sharded model goes to [default: the cache, MODEL_CACHE_DIR]
+        #[arg(short, long)]
+        output: Option<PathBuf>,
+    },
+    /// Write the digests of a weights file's chunks beside it, so that it is verified while it arrives
+    Pack {
+        /// Weights files; put what is written next to each, in the same bucket and folder
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        /// Size of a chunk
+        #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=1024))]
+        chunk_mb: u64,
     },
 }
 
@@ -103,6 +121,8 @@ impl Cli {
             Command::Serve => serve(config, started),
             Command::Draw(draw) => draw.run(config),
             Command::Inspect { place } => inspect(&place, config),
+            Command::Fetch { uri, output } => fetch(uri, output, config),
+            Command::Pack { files, chunk_mb } => pack(&files, chunk_mb),
         };
         match result {
             Ok(()) => ExitCode::SUCCESS,
@@ -177,16 +197,21 @@ fn shutdown_signal() -> std::io::Result<impl Future<Output = ()>> {
     })
 }
 
+/// Logs of a command: warnings, readable, on standard error.
+fn quiet_log(config: &Config) {
+    telemetry::init(
+        &telemetry::TelemetryConfig {
+            format: telemetry::LogFormat::Pretty,
+            level: "warn".to_owned(),
+            ..config.telemetry.clone()
+        },
+        true,
+    );
+}
+
 impl Draw {
     fn run(self, config: Config) -> Outcome {
-        telemetry::init(
-            &telemetry::TelemetryConfig {
-                format: telemetry::LogFormat::Pretty,
-                level: "warn".to_owned(),
-                ..config.telemetry.clone()
-            },
-            true,
-        );
+        quiet_log(&config);
         let runtime = runtime()?;
         let png = match &self.url {
             Some(url) => runtime.block_on(self.remote(url))?,
@@ -333,14 +358,7 @@ fn write(output: &Path, bytes: &[u8]) -> Outcome {
 }
 
 fn inspect(place: &str, config: Config) -> Outcome {
-    telemetry::init(
-        &telemetry::TelemetryConfig {
-            format: telemetry::LogFormat::Pretty,
-            level: "warn".to_owned(),
-            ..config.telemetry.clone()
-        },
-        true,
-    );
+    quiet_log(&config);
     let header = if place == "built-in" {
         model::from_bytes(model::BUILT_IN)?.header
     } else {
@@ -370,6 +388,74 @@ async fn header(uri: ModelUri, config: Config) -> Result<Header, Box<dyn Error>>
         .open(&uri, Arc::<Progress>::default())
         .await?;
     Ok(engine::headers(&mut opened).await?.0)
+}
+
+fn pack(files: &[PathBuf], chunk_mb: u64) -> Outcome {
+    for path in files {
+        let failed = |what: &str, path: &Path, e: std::io::Error| {
+            format!("cannot {what} `{}`: {e}", path.display())
+        };
+        let file = std::fs::File::open(path).map_err(|e| failed("open", path, e))?;
+        let size = file
+            .metadata()
+            .map_err(|e| failed("inspect", path, e))?
+            .len();
+        let bar = bar(
+            size,
+            "computing digests {bar:30} {bytes}/{total_bytes}, {bytes_per_sec}, {eta} left",
+        );
+        let manifest = storage::Manifest::of(bar.wrap_read(&file), chunk_mb << 20)
+            .map_err(|e| failed("read", path, e))?;
+        bar.finish_and_clear();
+        let mut name = path.as_os_str().to_owned();
+        name.push(storage::MANIFEST_SUFFIX);
+        let output = PathBuf::from(name);
+        let text = serde_json::to_string_pretty(&manifest)?;
+        std::fs::write(&output, &text).map_err(|e| failed("write", &output, e))?;
+        println!(
+            "{}: {} chunks; MODEL_SHA256={}",
+            output.display(),
+            manifest.blake3.len(),
+            storage::hex(&sha2::Sha256::digest(&text))
+        );
+    }
+    Ok(())
+}
+
+fn fetch(uri: Option<String>, output: Option<PathBuf>, config: Config) -> Outcome {
+    quiet_log(&config);
+    let uri = match (&uri, &config.engine.source) {
+        (Some(text), _) => place_of(text)?,
+        (None, Source::Uri(uri)) => uri.clone(),
+        (None, _) => return Err("there is nothing to fetch: give a URI, or set MODEL_URI".into()),
+    };
+    if output.is_none() && config.engine.storage.cache_dir.is_none() {
+        return Err(
+            "there is nowhere to put the weights: give --output, or set MODEL_CACHE_DIR".into(),
+        );
+    }
+    let mut engine = config.engine;
+    if output.is_some() {
+        engine.storage.cache_dir = None;
+    }
+    let progress = Arc::<Progress>::default();
+    let work = engine::fetch_files(engine, uri, output, progress.clone());
+    let what = runtime()?.block_on(async {
+        tokio::pin!(work);
+        let mut shown: Option<ProgressBar> = None;
+        loop {
+            tokio::select! {
+                result = &mut work => break result,
+                () = tokio::time::sleep(Duration::from_millis(100)) => {
+                    if progress.total() > 0 {
+                        shown.get_or_insert_with(|| bar(progress.total(), BYTES_BAR)).set_position(progress.arrived());
+                    }
+                }
+            }
+        }
+    })?;
+    println!("{what}");
+    Ok(())
 }
 
 fn print_header(header: &Header) -> std::io::Result<()> {

@@ -325,7 +325,8 @@ async fn fetch(slot: &Slot, shelf: &Arc<Shelf>, mut opened: Opened) -> Outcome {
     let (name, shelf) = (slot.name.clone(), shelf.clone());
     blocking(move || {
         let mut weights = Weights::allocate(header)?;
-        let arrived = fill(opened, &mut weights, heads, beside)?;
+        let arrived = fill(opened, &mut weights, &heads, beside)?;
+        let fetch = started.elapsed();
         let about = About {
             name,
             version: arrived.version.clone(),
@@ -340,10 +341,18 @@ async fn fetch(slot: &Slot, shelf: &Arc<Shelf>, mut opened: Opened) -> Outcome {
                 Verified::Length => "length",
             },
         };
+        tracing::info!(
+            model = about.name,
+            bytes = weights.header.file_bytes(),
+            fetch_ms = fetch.as_millis() as u64,
+            origin = about.origin,
+            verified = about.verified,
+            "weights fetched"
+        );
         if arrived.verified == Verified::Length {
             tracing::info!(model = about.name, "no digest of the weights was given (MODEL_SHA256, a .sha256 file or a manifest beside them): their length, header and version were checked");
         }
-        match start(weights, about, started.elapsed(), &shelf, memory) {
+        match start(weights, about, fetch, &shelf, memory) {
             Ok(loaded) => {
                 // The disk is not waited for: what is not there when the process ends, the next start fetches.
                 tokio::task::spawn_blocking(move || arrived.keep());
@@ -396,13 +405,14 @@ pub(crate) async fn headers(opened: &mut Opened) -> Result<Headers, LoadError> {
     Ok((header, heads, beside))
 }
 
-fn fill(
+/// Brings the bytes of all tensors to their place. `parsed` are the headers that said where that is.
+pub(super) fn fill(
     opened: Opened,
     weights: &mut Weights,
-    mut heads: Vec<Vec<u8>>,
+    parsed: &[Vec<u8>],
     beside: Option<String>,
 ) -> Result<Arrived, LoadError> {
-    let parsed = heads.clone();
+    let mut heads = parsed.to_vec();
     let mut segments: Vec<Vec<Segment<'_>>> = heads
         .iter_mut()
         .map(|head| {

@@ -5,12 +5,14 @@
 //! tries again. Digits are drawn by one thread a model, step by step, in batches that requests join and leave
 //! between steps. Every queue is bounded. Nothing here knows of HTTP.
 
+mod ahead;
 mod batcher;
 mod error;
 mod loader;
 mod memory;
 mod shelf;
 
+pub use ahead::fetch_files;
 pub use error::{EngineError, LoadError};
 pub(crate) use loader::headers;
 pub use loader::{LoadTimes, ModelInfo, ModelState, ModelStatus};

@@ -455,6 +455,19 @@ impl Opened {
         }
     }
 
+    /// The files' names, without their folders.
+    pub fn names(&self) -> Vec<String> {
+        let name = |file: &OpenFile| match &file.place {
+            FilePlace::Disk(path) => path
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned(),
+            FilePlace::Store(location) => location.name().to_owned(),
+        };
+        self.files.iter().map(name).collect()
+    }
+
     /// Bytes of a file.
     pub fn size(&self, file: usize) -> u64 {
         self.files[file].size
