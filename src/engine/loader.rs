@@ -1,6 +1,7 @@
 //! A model that is cold, loading or ready; one load at a time, for everyone who waits.
 
 use super::batcher::Batcher;
+use super::memory::Reservation;
 use super::shelf::Shelf;
 use super::{LoadError, Memory};
 use crate::model::{self, Generator, Header, ModelError, Weights, open_device};
@@ -354,8 +355,7 @@ async fn fetch(slot: &Slot, shelf: &Arc<Shelf>, mut opened: Opened) -> Outcome {
         }
         match start(weights, about, fetch, &shelf, memory) {
             Ok(loaded) => {
-                // The disk is not waited for: what is not there when the process ends, the next start fetches.
-                tokio::task::spawn_blocking(move || arrived.keep());
+                arrived.keep();
                 Ok(loaded)
             }
             Err(error) => {
@@ -454,7 +454,7 @@ fn start(
     about: About,
     fetch: Duration,
     shelf: &Shelf,
-    memory: impl Send + 'static,
+    mut memory: Reservation,
 ) -> Outcome {
     let started = Instant::now();
     let device = open_device(shelf.config().device)?;
@@ -465,6 +465,7 @@ fn start(
     };
     let mut generator = Generator::new(weights, device)?;
     check(&mut generator)?;
+    memory.settle();
     let info = Arc::new(ModelInfo {
         name: about.name,
         version: about.version,

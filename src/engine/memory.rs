@@ -45,9 +45,16 @@ impl Memory {
 #[derive(Debug)]
 pub(super) struct Budget {
     limit: Option<Memory>,
-    promised: Mutex<u64>,
+    promises: Mutex<Promises>,
     /// Told when a promise was given back, or a model fell idle.
     changed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Promises {
+    bytes: u64,
+    /// Of them, those that have been taken up: they are part of what the process takes.
+    settled: u64,
 }
 
 /// A model's share, given back when it is dropped.
@@ -55,13 +62,14 @@ pub(super) struct Budget {
 pub(super) struct Reservation {
     budget: Arc<Budget>,
     bytes: u64,
+    settled: bool,
 }
 
 impl Budget {
     pub(super) fn new(limit: Option<Memory>) -> Self {
         Self {
             limit,
-            promised: Mutex::default(),
+            promises: Mutex::default(),
             changed: Notify::new(),
         }
     }
@@ -75,27 +83,37 @@ impl Budget {
         bytes: u64,
         resident_bytes: u64,
     ) -> Result<Option<Reservation>, LoadError> {
-        let mut promised = self.promised.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut promises = self.promises();
         if let Some(limit) = self.limit {
-            // A promise may not have been taken up yet, so this is the least that the rest of the process takes.
-            let other = resident_bytes.saturating_sub(*promised);
-            if other + bytes > limit.limit_bytes {
+            // What the rest of the process takes: at least this, for a promise may be taken up in part; at most that.
+            let least = resident_bytes.saturating_sub(promises.bytes);
+            let most = resident_bytes.saturating_sub(promises.settled);
+            if least + bytes > limit.limit_bytes {
                 return Err(LoadError::TooLarge {
                     needed_mb: bytes.div_ceil(MB),
-                    used_mb: other.div_ceil(MB),
+                    used_mb: least.div_ceil(MB),
                     limit_mb: limit.limit_bytes / MB,
                     limit_from: limit.limit_from,
                 });
             }
-            if other + *promised + bytes > limit.limit_bytes {
+            if most + promises.bytes + bytes > limit.limit_bytes {
                 return Ok(None);
             }
         }
-        *promised += bytes;
-        Ok(Some(Reservation {
+        Ok(Some(self.promise(&mut promises, bytes)))
+    }
+
+    fn promise(self: &Arc<Self>, promises: &mut Promises, bytes: u64) -> Reservation {
+        promises.bytes += bytes;
+        Reservation {
             budget: self.clone(),
             bytes,
-        }))
+            settled: false,
+        }
+    }
+
+    fn promises(&self) -> std::sync::MutexGuard<'_, Promises> {
+        self.promises.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Resolves at the next change after this call.
@@ -106,22 +124,27 @@ impl Budget {
     pub(super) fn wake(&self) {
         self.changed.notify_waiters();
     }
+}
 
-    #[cfg(test)]
-    fn promised(&self) -> u64 {
-        *self.promised.lock().unwrap()
+impl Reservation {
+    /// The model is loaded: its memory is part of what the process takes now.
+    pub(super) fn settle(&mut self) {
+        if !self.settled {
+            self.settled = true;
+            self.budget.promises().settled += self.bytes;
+            self.budget.wake();
+        }
     }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        let mut promised = self
-            .budget
-            .promised
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        *promised -= self.bytes;
-        drop(promised);
+        let mut promises = self.budget.promises();
+        promises.bytes -= self.bytes;
+        if self.settled {
+            promises.settled -= self.bytes;
+        }
+        drop(promises);
         self.budget.wake();
     }
 }
@@ -171,9 +194,11 @@ mod tests {
         };
         let budget = Arc::new(Budget::new(Some(limit)));
         let own = 20 * MB;
-        let first = budget.reserve(50 * MB, own).unwrap().unwrap();
-        // Not taken up yet, then taken up: the same answer.
+        let mut first = budget.reserve(50 * MB, own).unwrap().unwrap();
+        // Not taken up yet, taken up, and known to be: the same answer.
         assert!(budget.reserve(40 * MB, own).unwrap().is_none());
+        assert!(budget.reserve(40 * MB, own + 50 * MB).unwrap().is_none());
+        first.settle();
         assert!(budget.reserve(40 * MB, own + 50 * MB).unwrap().is_none());
         let second = budget.reserve(30 * MB, own + 50 * MB).unwrap().unwrap();
         assert!(matches!(
@@ -186,6 +211,7 @@ mod tests {
             })
         ));
         drop((first, second));
-        assert_eq!(budget.promised(), 0);
+        let promises = budget.promises();
+        assert_eq!((promises.bytes, promises.settled), (0, 0));
     }
 }

@@ -15,7 +15,7 @@ use super::{StorageConfig, StorageError};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
-use std::io::{Read as _, Write as _};
+use std::io::Read as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -366,7 +366,6 @@ impl Partial {
             cache,
             head,
             name,
-            data,
             data_path,
             journal,
             done,
@@ -376,8 +375,8 @@ impl Partial {
         let Some(blake3) = blake3 else {
             return Ok(());
         };
-        data.sync_all()
-            .map_err(StorageError::io("write", &data_path))?;
+        // Not synced: flushing 700 MB would hold up whoever waits, and bytes that a power cut loses are found by their
+        // digests when they are read.
         let path = cache.dir.join(&name);
         fs::rename(&data_path, &path).map_err(StorageError::io("rename", &data_path))?;
         let entry = Entry {
@@ -392,12 +391,7 @@ impl Partial {
         };
         let text = serde_json::to_vec(&entry).expect("an entry is plain data");
         let temporary = path.with_extension("entry");
-        let write = |path: &Path| -> std::io::Result<()> {
-            let mut file = File::create(path)?;
-            file.write_all(&text)?;
-            file.sync_all()
-        };
-        write(&temporary).map_err(StorageError::io("write", &temporary))?;
+        fs::write(&temporary, text).map_err(StorageError::io("write", &temporary))?;
         // Last: before this line the old entry still stands, and the old bytes with it.
         fs::rename(&temporary, cache.entry_path())
             .map_err(StorageError::io("rename", &temporary))?;
@@ -482,4 +476,208 @@ fn file_system(mounts: &str, path: &Path) -> Option<String> {
         }
     }
     best.map(|(_, kind)| kind.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::plan::{Segment, chunks};
+    use super::*;
+
+    const CHUNK: u64 = 1000;
+
+    fn cache(dir: &Path, uri: &str, bytes_max: u64) -> Cache {
+        let config = StorageConfig {
+            cache_dir: Some(dir.to_owned()),
+            cache_bytes_max: bytes_max,
+            cache_in_memory: true,
+            ..StorageConfig::default()
+        };
+        Cache::new(&config, uri).unwrap()
+    }
+
+    fn version(size: u64, etag: &str) -> Version {
+        serde_json::from_value(serde_json::json!({
+            "size": size, "etag": etag, "modified": 1, "revision": null,
+        }))
+        .unwrap()
+    }
+
+    fn bytes(size: u64) -> Vec<u8> {
+        (0..size).map(|i| (i * 7 % 251) as u8).collect()
+    }
+
+    /// Writes those chunks of `bytes` that `wanted` picks.
+    fn write(partial: &mut Partial, bytes: &[u8], wanted: impl Fn(usize) -> bool) {
+        let mut memory = bytes.to_vec();
+        let segment = Segment {
+            range: 0..bytes.len() as u64,
+            bytes: &mut memory,
+        };
+        for mut chunk in chunks(bytes.len() as u64, CHUNK, vec![segment]).unwrap() {
+            if wanted(chunk.index) {
+                chunk.write(&bytes[chunk.range.start as usize..chunk.range.end as usize]);
+                let digest = chunk.digest();
+                partial.write(&chunk.land(), digest).unwrap();
+            }
+        }
+    }
+
+    fn fill(cache: &Cache, etag: &str, size: u64) {
+        let mut partial = cache.begin(&version(size, etag), CHUNK).unwrap().unwrap();
+        write(&mut partial, &bytes(size), |_| true);
+        partial.publish(None, true, None).unwrap();
+    }
+
+    #[test]
+    fn any_prefix_of_the_journal_names_only_chunks_that_are_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = cache(dir.path(), "s3://b/k", 1 << 20);
+        let (version, bytes) = (version(4500, "a"), bytes(4500));
+        let mut partial = cache.begin(&version, CHUNK).unwrap().unwrap();
+        write(&mut partial, &bytes, |i| i != 2);
+        let path = partial.data_path.with_extension("journal");
+        drop(partial);
+        let journal = fs::read(&path).unwrap();
+        let mut seen = Vec::new();
+        for cut in 0..=journal.len() {
+            fs::write(&path, &journal[..cut]).unwrap();
+            let partial = cache.begin(&version, CHUNK).unwrap().unwrap();
+            let done: Vec<usize> = (0..5).filter(|&i| partial.done()[i].is_some()).collect();
+            seen.push(done.len());
+            for i in done {
+                let range = i * 1000..(i * 1000 + 1000).min(4500);
+                let mut found = vec![0; range.len()];
+                partial
+                    .data()
+                    .read_exact_at(&mut found, range.start as u64)
+                    .unwrap();
+                let digest: [u8; 32] = blake3::hash(&found).into();
+                assert_eq!(partial.done()[i], Some(digest), "cut at {cut}, chunk {i}");
+            }
+        }
+        assert_eq!(
+            (seen[0], seen.last()),
+            (0, Some(&4)),
+            "and all of it names all that was written"
+        );
+        assert!(seen.windows(2).all(|w| w[0] <= w[1]));
+    }
+
+    #[test]
+    fn a_flipped_byte_in_the_journal_ends_it_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = cache(dir.path(), "s3://b/k", 1 << 20);
+        let (version, bytes) = (version(4500, "a"), bytes(4500));
+        let mut partial = cache.begin(&version, CHUNK).unwrap().unwrap();
+        write(&mut partial, &bytes, |_| true);
+        let path = partial.data_path.with_extension("journal");
+        let right = partial.done().to_vec();
+        drop(partial);
+        let journal = fs::read(&path).unwrap();
+        for at in 0..journal.len() {
+            let mut broken = journal.clone();
+            broken[at] ^= 0x10;
+            fs::write(&path, &broken).unwrap();
+            let partial = cache.begin(&version, CHUNK).unwrap().unwrap();
+            let done = partial.done().iter().zip(&right);
+            let wrong = done.filter(|(found, right)| found.is_some() && found != right);
+            assert_eq!(wrong.count(), 0, "byte {at}");
+            assert!(partial.done().iter().any(Option::is_none), "byte {at}");
+        }
+    }
+
+    #[test]
+    fn an_interrupted_file_is_finished_and_becomes_the_entry() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = cache(dir.path(), "s3://b/k", 1 << 20);
+        let (version, bytes) = (version(4500, "a"), bytes(4500));
+        let mut partial = cache.begin(&version, CHUNK).unwrap().unwrap();
+        write(&mut partial, &bytes, |i| i < 3);
+        assert!(
+            cache.begin(&version, CHUNK).unwrap().is_none(),
+            "one at a time"
+        );
+        drop(partial);
+        assert!(cache.entry().is_none());
+        let mut partial = cache.begin(&version, CHUNK).unwrap().unwrap();
+        write(&mut partial, &bytes, |i| i >= 3);
+        let digest = [7; 32];
+        partial
+            .publish(Some(digest), true, Some("{}".to_owned()))
+            .unwrap();
+        let entry = cache.entry().unwrap();
+        assert_eq!(
+            (entry.sha256(), entry.beside.as_deref(), entry.blake3.len()),
+            (Some(digest), Some("{}"), 5)
+        );
+        let mut found = vec![0; 4500];
+        cache
+            .open(&entry)
+            .unwrap()
+            .read_exact_at(&mut found, 0)
+            .unwrap();
+        assert_eq!(found, bytes);
+        let names: Vec<_> = fs::read_dir(&cache.dir)
+            .unwrap()
+            .map(|e| e.unwrap().path())
+            .collect();
+        assert_eq!(names.len(), 2, "nothing else is left: {names:?}");
+    }
+
+    #[test]
+    fn a_new_version_replaces_the_old_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = cache(dir.path(), "s3://b/k", 1 << 20);
+        fill(&cache, "a", 4500);
+        fill(&cache, "b", 3000);
+        assert_eq!(cache.entry().unwrap().version.size, 3000);
+        assert_eq!(fs::read_dir(&cache.dir).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn what_was_used_longest_ago_leaves_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let caches: Vec<Cache> = ["a", "b", "c"]
+            .iter()
+            .map(|k| cache(dir.path(), &format!("s3://b/{k}"), 10_000))
+            .collect();
+        for (i, at) in [(0, 100), (1, 200)] {
+            fill(&caches[i], "v", 4000);
+            let time = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(at);
+            let entry = File::options()
+                .append(true)
+                .open(caches[i].entry_path())
+                .unwrap();
+            entry.set_modified(time).unwrap();
+        }
+        caches[0].open(&caches[0].entry().unwrap()).unwrap();
+        fill(&caches[2], "v", 4000);
+        let there: Vec<bool> = caches.iter().map(|c| c.entry().is_some()).collect();
+        assert_eq!(there, [true, false, true]);
+        assert!(
+            caches[1]
+                .begin(&version(10_001, "v"), CHUNK)
+                .unwrap()
+                .is_none()
+        );
+    }
+
+    #[test]
+    fn file_systems_are_found_by_their_deepest_mount() {
+        let mounts = "22 1 0:20 / / rw - overlay overlay rw\n\
+            23 22 0:21 / /tmp rw,nosuid shared:1 - tmpfs tmpfs rw\n\
+            24 23 8:1 / /tmp/my\\040disk rw - ext4 /dev/sda1 rw\n";
+        for (path, kind) in [
+            ("/var/cache", "overlay"),
+            ("/tmp/x", "tmpfs"),
+            ("/tmp/my disk/x", "ext4"),
+            ("/tmpx", "overlay"),
+        ] {
+            assert_eq!(
+                file_system(mounts, Path::new(path)).as_deref(),
+                Some(kind),
+                "{path}"
+            );
+        }
+    }
 }

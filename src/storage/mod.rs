@@ -319,11 +319,7 @@ impl Storage {
         let size = remote.version.size;
         let expected = Expected::choose(&location.uri, size, self.config.sha256, digests)?;
         let manifest = expected.manifest.as_ref();
-        let version = &remote.version;
-        let identity = format!(
-            "{} {:?} {:?} {}",
-            version.size, version.etag, version.revision, version.modified
-        );
+        let identity = format!("{:?}", remote.version);
         Ok(OpenFile {
             size,
             chunk_bytes: manifest.map_or_else(|| self.chunk_bytes(size), |m| m.chunk_bytes),
@@ -626,7 +622,7 @@ impl OpenFile {
 
 impl Arrived {
     /// Makes what arrived the cache's entry. Called when the bytes have proved to be usable weights: the cache never holds
-    /// what could not be served. Blocks until the disk has it.
+    /// what could not be served.
     ///
     /// A cache that cannot be written is logged and does not matter to the caller.
     pub fn keep(self) {

@@ -171,15 +171,15 @@ impl FromStr for Catalogue {
             Some((folder, _)) => format!("{folder}/"),
             None => String::new(),
         };
-        // What is a place of models is a place of the model `x`, without the `x`.
-        let model = format!("{text}x").parse::<ModelUri>().or_else(|error| {
-            // A repository's root is a catalogue too.
-            let root = text.strip_prefix("hf://").map(|r| r.trim_end_matches('/'));
-            match root.and_then(hub) {
-                Some(model) if text.matches('/').count() == 4 => Ok(model),
-                _ => Err(error),
+        // What is a place of models is a place of the model `x`, without the `x`; but `hf://owner/x` is a repository.
+        let under = text.strip_prefix("hf://").map_or("", |rest| {
+            if rest.matches('/').count() == 1 {
+                "/"
+            } else {
+                ""
             }
-        })?;
+        });
+        let model = format!("{text}{under}x").parse::<ModelUri>()?;
         Ok(match model {
             ModelUri::File(path) => Self::File(path.parent().map(PathBuf::from).unwrap_or(path)),
             ModelUri::S3 { bucket, key } => Self::S3 {
