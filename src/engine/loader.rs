@@ -321,7 +321,17 @@ async fn load_built_in(slot: &Slot, shelf: &Arc<Shelf>) -> Outcome {
 async fn fetch(slot: &Slot, shelf: &Arc<Shelf>, mut opened: Opened) -> Outcome {
     let started = Instant::now();
     let _cancel_on_drop = opened.cancel_on_drop();
-    let (header, heads, beside) = headers(&mut opened).await?;
+    let (header, heads, beside) = match headers(&mut opened).await {
+        Err(error) if opened.put_aside() => {
+            tracing::warn!(
+                model = slot.name,
+                error = chain(&error),
+                "the cached copy holds no model"
+            );
+            return Err(StorageError::CacheCorrupt.into());
+        }
+        result => result?,
+    };
     let memory = shelf.admit(header.resident_bytes(), slot).await?;
     let (name, shelf) = (slot.name.clone(), shelf.clone());
     blocking(move || {

@@ -6,6 +6,7 @@
 
 use super::client::Location;
 use super::digest::CHUNK_BYTES;
+use super::error::is_out_of_range;
 use super::plan::Chunk;
 use super::{Progress, StorageConfig, StorageError};
 use bytes::Bytes;
@@ -364,7 +365,12 @@ impl Remote {
         };
         let result = request(&self.location, options, &self.config)
             .await
-            .map_err(|e| e.into_error(&self.location))?;
+            .map_err(|e| match e {
+                // The range was in the object before: a shorter one has taken its place, in a store that ignores the
+                // condition.
+                Failed::Store(error) if is_out_of_range(&error) => StorageError::Changed,
+                other => other.into_error(&self.location),
+            })?;
         if !self.version.matches(&result.meta) {
             return Err(StorageError::Changed);
         }

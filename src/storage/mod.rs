@@ -522,6 +522,19 @@ impl Opened {
         }
     }
 
+    /// Puts cached copies aside of whose headers no model could be made. What is kept was a model once, so it is damaged,
+    /// and the header is read before any digest is. False: none of it is from the cache.
+    pub fn put_aside(&self) -> bool {
+        let mut any = false;
+        for file in &self.files {
+            if let (Some(cache), Some(entry)) = (&file.cache, &file.entry) {
+                cache.put_aside(entry);
+                any = true;
+            }
+        }
+        any
+    }
+
     /// Brings all bytes of all files to where they belong: a list of segments a file, which cover it. `beside` is what
     /// [`Opened::config_beside`] gave, for the cache.
     ///
@@ -545,11 +558,7 @@ impl Opened {
             &self.stop,
         );
         if let Err(StorageError::CacheCorrupt) = &filled {
-            for file in &self.files {
-                if let (Some(cache), Some(entry)) = (&file.cache, &file.entry) {
-                    cache.put_aside(entry);
-                }
-            }
+            self.put_aside();
         }
         let filled = filled?;
         Ok(self.arrived(filled, beside))
