@@ -21,6 +21,10 @@ use tokio::time::{sleep, timeout};
 
 const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
+/// A range that comes more slowly than this, its stall time-out apart, is asked for again over another connection.
+const BYTES_A_SECOND_MIN: u64 = 256 << 10;
+/// How often a store may refuse what it has allowed before: credentials expire, and the client gets new ones.
+const DENIED_TRIES: u32 = 3;
 /// What the first request asks for: any header, and the whole of a small model. No chunk is smaller, so the first
 /// answer never reaches into a second one.
 const FIRST_BYTES: u64 = *CHUNK_BYTES.start();
@@ -173,7 +177,7 @@ enum Failed {
 }
 
 #[derive(Debug, thiserror::Error)]
-#[error("no bytes for {0:?}")]
+#[error("too few bytes for {0:?}")]
 struct Stalled(Duration);
 
 impl Failed {
@@ -296,7 +300,13 @@ impl Remote {
             Some(body) => body,
             None => self.range(chunk.rest()).await?,
         };
+        let missing = chunk.rest().end - chunk.rest().start;
+        let wait = Duration::from_secs(missing / BYTES_A_SECOND_MIN) + self.config.stall_timeout;
+        let deadline = Instant::now() + wait;
         while let Some(bytes) = self.next(&mut body).await? {
+            if Instant::now() > deadline {
+                return Err(Failed::Stalled(wait).into_error(&self.location));
+            }
             let rest = chunk.write(&bytes);
             self.progress.add(bytes.len() - rest.len());
             if !rest.is_empty() {
@@ -350,10 +360,13 @@ impl Remote {
     }
 
     fn may_go_on(&self, error: &StorageError, failed: u32) -> bool {
-        self.ranged
-            && error.is_transient()
-            && !matches!(error, StorageError::Changed)
-            && failed < self.config.attempts_max
+        let tries = match error {
+            StorageError::Changed => 0,
+            StorageError::Denied { .. } => DENIED_TRIES,
+            error if error.is_transient() => self.config.attempts_max,
+            _ => 0,
+        };
+        self.ranged && failed < tries
     }
 
     /// The body of a range of this version.
