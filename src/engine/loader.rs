@@ -334,7 +334,7 @@ fn start(
         candle_core::Device::Cuda(_) => "cuda",
         candle_core::Device::Metal(_) => "metal",
     };
-    let mut generator = Generator::new(weights, device)?;
+    let mut generator = Generator::new(weights, &device, config.threads)?;
     check(&mut generator)?;
     let header = generator.header().clone();
     let info = Arc::new(ModelInfo {

@@ -256,9 +256,11 @@ impl Header {
             .sum()
     }
 
-    /// Bytes that the tensors take once loaded: f32 on every device.
+    /// Bytes that the tensors take once loaded: as many as in the file, but for what aligns each of them. An accelerator
+    /// has its own copy in its own memory.
     pub fn resident_bytes(&self) -> u64 {
-        self.parameters() * 4
+        let aligned = |t: &TensorEntry| t.bytes.next_multiple_of(super::ALIGN_BYTES) as u64;
+        self.tensors.iter().map(aligned).sum()
     }
 }
 
