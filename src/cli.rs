@@ -103,7 +103,9 @@ fn environment() -> String {
         };
         text.push_str(&format!("  {:<21} {}{default}\n", v.name, v.meaning));
     }
-    text.push_str("\nStores read their own variables too: AWS_*, GOOGLE_*, AZURE_*, HF_ENDPOINT, HF_TOKEN.\nRAYON_NUM_THREADS sets the threads that compute (default: the processors that the container may use).\n");
+    text.push_str(
+        "\nStores read their own variables too: AWS_*, GOOGLE_*, AZURE_*, HF_ENDPOINT, HF_TOKEN.\n",
+    );
     text
 }
 

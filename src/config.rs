@@ -1,7 +1,7 @@
 //! The environment, read once and checked as a whole: every bad value is reported, by name, at the same time.
 
 use crate::engine::{EngineConfig, Source};
-use crate::model::DeviceKind;
+use crate::model::{DeviceKind, threads_available};
 use crate::server::ServerConfig;
 use crate::storage::{self, ModelName, ModelUri, Place, StorageConfig};
 use crate::telemetry::{LogFormat, TelemetryConfig};
@@ -116,6 +116,11 @@ pub const VARIABLES: &[Variable] = &[
         "ranged requests to a store at a time",
     ),
     variable(
+        "THREADS",
+        "",
+        "threads that compute on a CPU, 1 to 256. Without it, the processors that the container may use",
+    ),
+    variable(
         "BATCH_ROWS",
         "32",
         "rows that the network computes at once; a digit with guidance takes two",
@@ -178,6 +183,7 @@ struct Raw {
     stall_timeout_secs: Option<String>,
     range_mb: Option<String>,
     range_concurrency: Option<String>,
+    threads: Option<String>,
     batch_rows: Option<String>,
     queue_digits: Option<String>,
     max_digits: Option<String>,
@@ -404,6 +410,9 @@ fn build(raw: Raw, check: &mut Check) -> Config {
             .optional_number::<u64>("MAX_MEMORY_MB", raw.max_memory_mb, 1, 1 << 24)
             .map(|mb| mb << 20),
         load_timeout: check.seconds("LOAD_TIMEOUT_SECS", raw.load_timeout_secs, 1, 86_400),
+        threads: check
+            .optional_number("THREADS", raw.threads, 1, 256)
+            .unwrap_or_else(threads_available),
         batch_rows_max: check.number("BATCH_ROWS", raw.batch_rows, 2, 4096),
         queue_digits_max: check.number("QUEUE_DIGITS", raw.queue_digits, 1, 1_000_000),
     };

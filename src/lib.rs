@@ -15,7 +15,8 @@
 //! - Every queue, wait, retry and body has a bound, stated where it is configured.
 //! - No compute on the async runtime.
 
-#![forbid(unsafe_code)]
+// Allowed in `model::kernels` alone.
+#![deny(unsafe_code)]
 
 pub mod api;
 pub mod cli;

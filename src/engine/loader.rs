@@ -301,8 +301,7 @@ async fn load(slot: &Slot, shelf: &Arc<Shelf>, progress: &Arc<Progress>) -> Outc
 async fn load_built_in(slot: &Slot, shelf: &Arc<Shelf>) -> Outcome {
     let started = Instant::now();
     let digest: [u8; 32] = Sha256::digest(model::BUILT_IN).into();
-    // Twice: the tensors, and the network's own copies.
-    let memory = shelf.admit(2 * model::BUILT_IN.len() as u64, slot).await?;
+    let memory = shelf.admit(model::BUILT_IN.len() as u64, slot).await?;
     let about = About {
         name: slot.name.clone(),
         version: hex(&digest[..8]),
@@ -473,7 +472,7 @@ fn start(
         candle_core::Device::Cuda(_) => "cuda",
         candle_core::Device::Metal(_) => "metal",
     };
-    let mut generator = Generator::new(weights, device)?;
+    let mut generator = Generator::new(weights, &device, shelf.config().threads)?;
     check(&mut generator)?;
     memory.settle();
     let info = Arc::new(ModelInfo {

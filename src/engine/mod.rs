@@ -18,7 +18,7 @@ pub(crate) use loader::headers;
 pub use loader::{LoadTimes, ModelInfo, ModelState, ModelStatus};
 pub use memory::Memory;
 
-use crate::model::{DeviceKind, SampleSpec};
+use crate::model::{DeviceKind, SampleSpec, threads_available};
 use crate::storage::{Catalogue, ModelUri, StorageConfig};
 use batcher::{Drawn, Job};
 use shelf::{InUse, Shelf};
@@ -46,6 +46,8 @@ pub struct EngineConfig {
     pub memory_bytes_max: Option<u64>,
     /// How long one load may take in all.
     pub load_timeout: Duration,
+    /// Threads that compute, on a processor.
+    pub threads: usize,
     /// Rows that the network computes at once; a digit drawn with guidance takes two.
     pub batch_rows_max: usize,
     /// Digits that may wait or be drawn at a time; what is beyond is refused at once.
@@ -64,6 +66,7 @@ impl Default for EngineConfig {
             device: DeviceKind::Cpu,
             memory_bytes_max: None,
             load_timeout: Duration::from_secs(240),
+            threads: threads_available(),
             batch_rows_max: 32,
             queue_digits_max: 4096,
             default_model: None,

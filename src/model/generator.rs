@@ -6,11 +6,11 @@
 
 use super::dit::Condition;
 use super::{Dit, Header, ModelError, Weights, noise};
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 use std::collections::HashMap;
 
-/// Conditions kept, each some ten KB: more than the default steps of all digits, with and without class.
-const CONDITIONS_MAX: usize = 1024;
+/// Memory for conditions that are kept: those of the default steps of all digits take a fiftieth of it.
+const CONDITIONS_BYTES_MAX: usize = 16 << 20;
 
 /// What fixes one picture.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -32,6 +32,8 @@ pub struct Row {
     step: usize,
     /// `[tokens, patch_width]`
     x: Vec<f32>,
+    /// The clean picture that the last step predicted, guidance included. Kept for rows that show it.
+    estimate: Option<Vec<f32>>,
 }
 
 impl Row {
@@ -44,6 +46,11 @@ impl Row {
         self.step == self.spec.steps
     }
 
+    /// Keeps what each step predicts, for [`Generator::estimate`].
+    pub fn keep_estimate(&mut self) {
+        self.estimate.get_or_insert_default();
+    }
+
     /// Rows that the network computes for the next step: with and without the class, where they differ.
     pub fn cost(&self) -> usize {
         if self.spec.guidance == 1.0 { 1 } else { 2 }
@@ -54,24 +61,31 @@ impl Row {
 pub struct Generator {
     header: Header,
     net: Dit,
-    device: Device,
     conditions: HashMap<(u32, usize), Condition>,
+    /// Memory of a step, used again by the next one: what goes into the network, and what comes out.
+    x: Vec<f32>,
+    clean: Vec<f32>,
 }
 
 impl Generator {
-    /// Builds the network from its weights.
+    /// Builds the network from its weights. On a processor, `threads` compute.
     ///
     /// # Errors
     /// [`ModelError`] if a tensor is missing or the device fails.
-    pub fn new(weights: Weights, device: Device) -> Result<Self, ModelError> {
+    pub fn new(weights: Weights, device: &Device, threads: usize) -> Result<Self, ModelError> {
         let header = weights.header.clone();
-        let net = Dit::new(weights, &device)?;
-        Ok(Self {
+        Ok(Self::of(header, Dit::new(weights, device, threads)?))
+    }
+
+    /// Draws with a network that is there already, of the same header.
+    pub fn of(header: Header, net: Dit) -> Self {
+        Self {
             header,
             net,
-            device,
             conditions: HashMap::new(),
-        })
+            x: Vec::new(),
+            clean: Vec::new(),
+        }
     }
 
     pub fn header(&self) -> &Header {
@@ -97,6 +111,7 @@ impl Generator {
             grid: time_grid(spec.steps, f64::from(self.header.sampler.shift)),
             step: 0,
             x,
+            estimate: None,
         }
     }
 
@@ -106,10 +121,10 @@ impl Generator {
     /// The error of the whole batch. A row whose own values are not finite is found by [`Generator::finish`].
     pub fn step(&mut self, rows: &mut [&mut Row]) -> Result<(), ModelError> {
         let a = &self.header.architecture;
-        let (tokens, patch, none) = (a.tokens(), a.patch_width(), a.classes);
-        let mut x =
-            Vec::with_capacity(rows.iter().map(|r| r.cost()).sum::<usize>() * tokens * patch);
-        let mut conditions = Vec::new();
+        let (values, none) = (a.values(), a.classes);
+        let mut conditions = Vec::with_capacity(2 * rows.len());
+        let mut x = std::mem::take(&mut self.x);
+        x.clear();
         for row in rows.iter() {
             let time = row.grid[row.step] as f32;
             x.extend_from_slice(&row.x);
@@ -119,13 +134,9 @@ impl Generator {
                 conditions.push(self.condition(time, none)?);
             }
         }
-        let x = Tensor::from_vec(x, (conditions.len(), tokens, patch), &self.device)?;
-        let clean = self
-            .net
-            .forward(&x, &conditions, None)?
-            .flatten_all()?
-            .to_vec1::<f32>()?;
-        let mut clean = clean.chunks_exact(tokens * patch);
+        self.net.forward(&x, &conditions, None, &mut self.clean)?;
+        self.x = x;
+        let mut clean = self.clean.chunks_exact_mut(values);
         for row in rows.iter_mut() {
             let (now, then) = (row.grid[row.step], row.grid[row.step + 1]);
             let share = ((then - now) / (1.0 - now)) as f32;
@@ -133,13 +144,16 @@ impl Generator {
             if row.cost() == 2 {
                 let without = clean.next().unwrap_or_default();
                 let guidance = row.spec.guidance;
-                for ((x, &c), &u) in row.x.iter_mut().zip(with).zip(without) {
-                    *x += share * (u + guidance * (c - u) - *x);
+                for (c, &u) in with.iter_mut().zip(&*without) {
+                    *c = u + guidance * (*c - u);
                 }
-            } else {
-                for (x, &c) in row.x.iter_mut().zip(with) {
-                    *x += share * (c - *x);
-                }
+            }
+            for (x, &c) in row.x.iter_mut().zip(&*with) {
+                *x += share * (c - *x);
+            }
+            if let Some(estimate) = &mut row.estimate {
+                estimate.clear();
+                estimate.extend_from_slice(with);
             }
             row.step += 1;
         }
@@ -148,11 +162,7 @@ impl Generator {
 
     /// The picture as it stands, `[channels, height, width]`, about -1 to 1.
     pub fn picture(&self, row: &Row) -> Vec<f32> {
-        let mut picture = vec![0.0; row.x.len()];
-        for (token, pixel) in self.places() {
-            picture[pixel] = row.x[token];
-        }
-        picture
+        self.picture_of(&row.x)
     }
 
     /// The pixels of a finished row, height x width x channels.
@@ -160,14 +170,33 @@ impl Generator {
     /// # Errors
     /// [`ModelError::NotFinite`] if the network's numbers ran away.
     pub fn finish(&self, row: &Row) -> Result<Vec<u8>, ModelError> {
-        let picture = self.picture(row);
-        if picture.iter().any(|v| !v.is_finite()) {
-            return Err(ModelError::NotFinite {
+        let finite = row.x.iter().all(|v| v.is_finite());
+        finite
+            .then(|| self.pixels(&row.x))
+            .ok_or(ModelError::NotFinite {
                 seed: row.spec.seed,
                 step: row.step,
-            });
+            })
+    }
+
+    /// The pixels of the picture that the last step was heading for; none before the first, for rows that do not
+    /// keep it, and where the network's numbers ran away.
+    pub fn estimate(&self, row: &Row) -> Option<Vec<u8>> {
+        let estimate = row.estimate.as_ref().filter(|e| !e.is_empty())?;
+        let finite = estimate.iter().all(|v| v.is_finite());
+        finite.then(|| self.pixels(estimate))
+    }
+
+    fn picture_of(&self, x: &[f32]) -> Vec<f32> {
+        let mut picture = vec![0.0; x.len()];
+        for (token, pixel) in self.places() {
+            picture[pixel] = x[token];
         }
-        Ok(to_bytes(&picture, self.header.architecture.channels))
+        picture
+    }
+
+    fn pixels(&self, x: &[f32]) -> Vec<u8> {
+        to_bytes(&self.picture_of(x), self.header.architecture.channels)
     }
 
     /// Draws whole pictures in one batch.
@@ -190,9 +219,8 @@ impl Generator {
         if let Some(known) = self.conditions.get(&(time.to_bits(), label)) {
             return Ok(known.clone());
         }
-        // Computed for one row at a time, whatever the batch: its products then have one shape, and one result.
         let fresh = self.net.condition(time, label)?;
-        if self.conditions.len() >= CONDITIONS_MAX {
+        if (self.conditions.len() + 1) * self.net.condition_bytes() > CONDITIONS_BYTES_MAX {
             self.conditions.clear();
         }
         self.conditions

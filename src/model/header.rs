@@ -304,11 +304,11 @@ impl Header {
             .sum()
     }
 
-    /// Bytes that the tensors take while they are loaded: they stay in the file's number format, and the network
-    /// takes f32 copies of them.
+    /// Bytes that the tensors take once loaded: as many as in the file, but for what aligns each of them. An accelerator
+    /// has its own copy in its own memory.
     pub fn resident_bytes(&self) -> u64 {
-        let stored: u64 = self.tensors.iter().map(|t| t.bytes as u64).sum();
-        stored + self.parameters() * 4
+        let aligned = |t: &TensorEntry| t.bytes.next_multiple_of(super::ALIGN_BYTES) as u64;
+        self.tensors.iter().map(aligned).sum()
     }
 }
 

@@ -66,11 +66,18 @@ impl Weights {
         slots
     }
 
-    fn place(&self, name: &str) -> Result<(usize, Range<usize>), ModelError> {
+    /// What the header says of a tensor, and where in [`Weights::bytes`] its values lie.
+    pub(super) fn place(&self, name: &str) -> Result<(&TensorEntry, Range<usize>), ModelError> {
         let place = self.places.get(name).cloned();
-        place.ok_or_else(|| ModelError::TensorMissing {
+        let (i, range) = place.ok_or_else(|| ModelError::TensorMissing {
             name: name.to_owned(),
-        })
+        })?;
+        Ok((&self.header.tensors[i], range))
+    }
+
+    /// All tensors.
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.arena
     }
 
     /// What the header says of a tensor, and its little-endian values.
@@ -78,20 +85,8 @@ impl Weights {
     /// # Errors
     /// [`ModelError::TensorMissing`]
     pub fn tensor_bytes(&self, name: &str) -> Result<(&TensorEntry, &[u8]), ModelError> {
-        let (i, range) = self.place(name)?;
-        Ok((&self.header.tensors[i], &self.arena[range]))
-    }
-
-    /// The same, to be changed: a tensor may be brought into a kernel's own order in place.
-    ///
-    /// # Errors
-    /// [`ModelError::TensorMissing`]
-    pub fn tensor_bytes_mut(
-        &mut self,
-        name: &str,
-    ) -> Result<(&TensorEntry, &mut [u8]), ModelError> {
-        let (i, range) = self.place(name)?;
-        Ok((&self.header.tensors[i], &mut self.arena[range]))
+        let (entry, range) = self.place(name)?;
+        Ok((entry, &self.arena[range]))
     }
 
     /// A copy of a tensor's values.
