@@ -49,15 +49,17 @@ CHUNKS = f"{OURS}, verified by chunks"
 CLOUD_MB_PER_SECOND, CLOUD_FIRST_BYTE_MS = 90, 30
 # What of the object's siblings lies beside it: the bucket.
 PLAIN, CHUNKED, SUMMED = "plain", "chunks", "sha256"
-# Huge pages and small ones: each kind comes from free memory of its own.
+# Small pages and huge ones, for each kind comes from free memory of its own; the huge ones last, for they go first.
 TOUCH = """
 import mmap, sys
 mb = int(sys.argv[1])
 small = b"\\1" * (mb * 2 // 3 << 20)
-huge = mmap.mmap(-1, mb // 2 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-huge.madvise(mmap.MADV_HUGEPAGE)
-for at in range(0, len(huge), 4096):
-    huge[at] = 1
+del small
+for again in range(2):
+    with mmap.mmap(-1, mb // 2 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as huge:
+        huge.madvise(mmap.MADV_HUGEPAGE)
+        for at in range(0, len(huge), 1 << 20):
+            huge[at] = 1
 """
 
 
@@ -88,6 +90,7 @@ def arguments():
     p.add_argument("--quick", action="store_true", help="one round of the essential sides")
     p.add_argument("--mb", type=float, default=700)
     p.add_argument("--dtype", choices=["f16", "f32"], default="f16")
+    p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a variable for image-generator, such as RANGE_CONCURRENCY=64")
     p.add_argument("--touch-mb", type=int, default=3000, help="memory to take and free before each start")
     p.add_argument("--json", help="where every single figure goes")
     p.add_argument("--append", action="store_true", help="go on with what is in the --json file")
@@ -129,7 +132,7 @@ class Object:
 
 
 def service(a, object: Object, store: stores.Store, bucket: str, **more: str) -> dict[str, str]:
-    return store.env() | {"HOST": "127.0.0.1", "MODEL_PRELOAD": "true", "MODEL_URI": object.uri(bucket)} | more
+    return store.env() | {"HOST": "127.0.0.1", "MODEL_PRELOAD": "true", "MODEL_URI": object.uri(bucket)} | more | dict(s.split("=", 1) for s in a.set)
 
 
 def ours(a, object: Object, store: stores.Store, section: str, bucket: str, name: str, verified: str, **more) -> Side:
