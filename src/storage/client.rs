@@ -12,6 +12,7 @@ use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::http::HttpBuilder;
 use object_store::path::Path;
 use object_store::{ClientOptions, ObjectStore, RetryConfig};
+use percent_encoding::percent_decode_str;
 use std::sync::Arc;
 use url::Url;
 
@@ -159,18 +160,18 @@ fn http_store(
 /// Takes user and password out of the URL, into a header that no log prints.
 fn basic_auth(url: &mut Url) -> Option<HeaderValue> {
     use base64::Engine as _;
-    let (user, password) = (
-        url.username().to_owned(),
-        url.password().unwrap_or_default().to_owned(),
-    );
-    if user.is_empty() && password.is_empty() {
+    if url.username().is_empty() && url.password().is_none() {
         return None;
     }
+    // A URL can hold most signs only as %xx, which are no part of the password.
+    let mut plain: Vec<u8> = percent_decode_str(url.username()).collect();
+    plain.push(b':');
+    plain.extend(percent_decode_str(url.password().unwrap_or_default()));
     let _ = url.set_username("");
     let _ = url.set_password(None);
     let mut value = HeaderValue::try_from(format!(
         "Basic {}",
-        base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}"))
+        base64::engine::general_purpose::STANDARD.encode(plain)
     ))
     .ok()?;
     value.set_sensitive(true);
