@@ -108,6 +108,11 @@ impl StorageError {
     }
 }
 
+/// Whether a store answered that an object has no such range.
+pub(crate) fn is_out_of_range(error: &object_store::Error) -> bool {
+    http_status(error) == Some(416)
+}
+
 /// The status of the response behind an error. object_store keeps its type private, so its text is read.
 fn http_status(error: &(dyn std::error::Error + 'static)) -> Option<u16> {
     std::iter::successors(Some(error), |e| e.source()).find_map(|e| {

@@ -5,6 +5,7 @@
 //! ignore the condition. A range that breaks off goes on where it stopped.
 
 use super::client::Location;
+use super::error::is_out_of_range;
 use super::{Progress, Reader, StorageConfig, StorageError};
 use bytes::Bytes;
 use futures_util::StreamExt;
@@ -376,7 +377,12 @@ impl RangeReader {
                 };
                 let result = request(&self.location, options, &self.config)
                     .await
-                    .map_err(|e| e.into_error(&self.location))?;
+                    .map_err(|e| match e {
+                        // The range was in the object before: a shorter one has taken its place, in a store
+                        // that ignores the condition.
+                        Failed::Store(error) if is_out_of_range(&error) => StorageError::Changed,
+                        other => other.into_error(&self.location),
+                    })?;
                 if !self.version.matches(&result.meta) {
                     return Err(StorageError::Changed);
                 }
