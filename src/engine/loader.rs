@@ -257,7 +257,15 @@ async fn load(config: &EngineConfig, progress: &Arc<Progress>) -> Outcome {
         let result = blocking(move || {
             let beside = bytes.beside().map(str::to_owned);
             let chunks = (&mut bytes).map(|chunk| chunk.map_err(LoadError::from));
-            let weights = read(chunks, beside.as_deref(), &config)?;
+            let weights = match read(chunks, beside.as_deref(), &config) {
+                Err(LoadError::Model(error))
+                    if !matches!(error, ModelError::Device(_)) && bytes.put_aside() =>
+                {
+                    tracing::warn!(error = %error, "the cached copy holds no model");
+                    return Err(StorageError::CacheCorrupt.into());
+                }
+                result => result?,
+            };
             let digest = bytes.digest().ok_or(LoadError::Cancelled)?;
             let origin = match bytes.origin() {
                 Origin::Store => "store",

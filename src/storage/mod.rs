@@ -326,6 +326,16 @@ impl Weights {
         }
     }
 
+    /// Puts a cached copy aside of which no model could be made. What is kept was a model once, so it is
+    /// damaged, and where the damage is in the header it shows before the digest does. False: not from the cache.
+    pub fn put_aside(&self) -> bool {
+        let Some((cache, _)) = &self.cached else {
+            return false;
+        };
+        cache.put_aside();
+        true
+    }
+
     fn advance(&mut self, chunk: &Bytes) {
         self.seen += chunk.len() as u64;
         self.hash.update(chunk);
