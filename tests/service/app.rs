@@ -2,6 +2,7 @@
 
 use image_generator::client::{Client, ClientConfig};
 use serde_json::Value;
+use std::ffi::OsStr;
 use std::io::{BufRead as _, BufReader};
 use std::net::SocketAddr;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -30,7 +31,7 @@ pub struct App {
 
 impl App {
     /// Starts the service and waits for its first log line, which says where it listens.
-    pub fn start<N: AsRef<str>, V: AsRef<str>>(env: &[(N, V)]) -> Self {
+    pub fn start<N: AsRef<OsStr>, V: AsRef<OsStr>>(env: &[(N, V)]) -> Self {
         let mut command = binary();
         command.envs(env.iter().map(|(n, v)| (n.as_ref(), v.as_ref())));
         let mut process = command.stdout(Stdio::piped()).spawn().unwrap();

@@ -1,5 +1,11 @@
 //! The product as its users meet it: processes, sockets, stores and files.
 
 mod app;
+mod bad_weights;
+mod cache;
+mod faults;
 mod http_api;
 mod parity;
+mod remote;
+mod sources;
+mod stores;
