@@ -1,6 +1,6 @@
 //! Weights from stores of every kind: what is drawn from them, and what crosses the wire for it.
 
-use crate::app::App;
+use crate::app::{App, binary};
 use crate::stores::azure::Azure;
 use crate::stores::fault::{Fault, ObjectServer};
 use crate::stores::gcs::Gcs;
@@ -255,4 +255,20 @@ async fn a_hub_that_does_not_know_the_token_or_the_revision_is_a_problem() {
     let unknown = refused(ask(&app).await);
     assert_eq!((unknown.status, &*unknown.kind), (502, "weights-not-found"));
     assert!(hub.cdn.wire.exchanges().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn inspect_fetches_the_header_and_not_the_weights() {
+    let server = ObjectServer::new(mnist_bytes()).await;
+    let output = binary()
+        .args(["inspect", &server.url("model.safetensors")])
+        .output()
+        .unwrap();
+    let text = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+    assert!(
+        output.status.success() && text.contains("28 x 28"),
+        "{text}"
+    );
+    let sent = server.wire.body_bytes();
+    assert!(sent < 1 << 20, "{sent} of {}", mnist_bytes().len());
 }
