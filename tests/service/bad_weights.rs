@@ -224,7 +224,7 @@ async fn weights_that_do_not_fit_into_memory_are_refused_with_both_numbers() {
     let refusal = refusal(&app).await;
     assert_eq!((refusal.status, &*refusal.kind), (507, "model-too-large"));
     assert!(
-        refusal.detail.contains("15 MB") && refusal.detail.contains("limit is 1 MB"),
+        refusal.detail.contains("8 MB") && refusal.detail.contains("limit is 1 MB"),
         "{refusal:?}"
     );
     assert!(files(folder.path()).is_empty());

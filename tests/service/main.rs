@@ -3,6 +3,8 @@
 mod app;
 mod bad_weights;
 mod cache;
+mod catalogue;
+mod cold;
 mod faults;
 mod http_api;
 mod parity;

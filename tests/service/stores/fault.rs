@@ -164,6 +164,15 @@ impl ObjectServer {
         shared.beside.push((ending, bytes.into()));
     }
 
+    /// Takes such a file away again.
+    pub fn remove_beside(&self, ending: &str) {
+        self.shared
+            .lock()
+            .unwrap()
+            .beside
+            .retain(|(e, _)| *e != ending);
+    }
+
     /// If-Match and If-None-Match count for nothing any more, as with some servers.
     pub fn ignore_conditions(&self) {
         self.shared.lock().unwrap().ignores_conditions = true;

@@ -3,6 +3,7 @@
 
 pub mod azure;
 pub mod fault;
+pub mod folder;
 pub mod gcs;
 pub mod hub;
 pub mod proxy;
@@ -47,6 +48,38 @@ pub fn small_bytes() -> Bytes {
 /// The default model's bytes: 7.7 MB, several ranges of a megabyte.
 pub fn mnist_bytes() -> Bytes {
     Bytes::from_static(image_generator::model::BUILT_IN)
+}
+
+/// The default model in several files with an index, as Hugging Face's libraries write it.
+pub fn shards(folder: &Path, n: usize) {
+    use serde_json::{Map, Value, json};
+    let bytes = mnist_bytes();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let mut header: Map<String, Value> = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let metadata = header.remove("__metadata__");
+    let mut weight_map = Map::new();
+    for shard in 0..n {
+        let name = format!("model-{shard:05}.safetensors");
+        let (mut part, mut data) = (Map::new(), Vec::new());
+        if shard == 0 {
+            part.extend(metadata.clone().map(|m| ("__metadata__".to_owned(), m)));
+        }
+        for (tensor, entry) in header.iter().skip(shard).step_by(n) {
+            let mut entry = entry.clone();
+            let at = |i: usize| 8 + length + entry["data_offsets"][i].as_u64().unwrap() as usize;
+            let tensor_bytes = &bytes[at(0)..at(1)];
+            let (start, end) = (data.len(), data.len() + tensor_bytes.len());
+            entry["data_offsets"] = json!([start, end]);
+            data.extend_from_slice(tensor_bytes);
+            weight_map.insert(tensor.clone(), name.clone().into());
+            part.insert(tensor.clone(), entry);
+        }
+        let text = Value::from(part).to_string();
+        let file = [&(text.len() as u64).to_le_bytes(), text.as_bytes(), &data].concat();
+        std::fs::write(folder.join(name), file).unwrap();
+    }
+    let index = json!({ "metadata": {}, "weight_map": weight_map }).to_string();
+    std::fs::write(folder.join("model.safetensors.index.json"), index).unwrap();
 }
 
 /// The version that the service gives weights: the first 16 digits of their SHA-256.
