@@ -131,6 +131,14 @@ impl Slot {
         }
     }
 
+    /// The loaded model, if there is one.
+    pub(super) fn ready(&self) -> Option<Arc<Loaded>> {
+        match &*self.lock() {
+            State::Ready(loaded) => Some(loaded.clone()),
+            State::Cold { .. } | State::Loading { .. } => None,
+        }
+    }
+
     pub(super) fn name(&self) -> String {
         match (&*self.lock(), &self.config.source) {
             (State::Ready(loaded), _) => loaded.info.name.clone(),

@@ -3,3 +3,4 @@
 mod app;
 mod http_api;
 mod parity;
+mod same_bytes;
