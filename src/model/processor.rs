@@ -5,7 +5,7 @@
 //! the one thing that they need of each other: keys and values. Either way an element is computed in one order
 //! only, see [`kernels`], so the split does not show in the result.
 
-use super::dit::{Activation, Buffers, Conditioned, NORM_EPS, Network, Ops, linear_names};
+use super::dit::{Activation, Buffers, Conditioned, NORM_EPS, Network, Ops, Trace, linear_names};
 use super::kernels::{
     self, Attention, AttentionScratch, Isa, Linear as Product, Matrix, NR, NormModulate, Rows,
     Then, Values,
@@ -92,6 +92,11 @@ impl Processor {
             out: Mutex::default(),
         });
         Ok(Self { shared, threads })
+    }
+
+    /// Two for each thread: none waits for another, and each reads the weights from the nearer caches.
+    pub(super) fn batch_rows_min(&self) -> usize {
+        2 * self.threads.count()
     }
 
     pub(super) fn condition(
@@ -181,7 +186,7 @@ impl Shared {
         tokens: Range<usize>,
         team: Option<Team<'_>>,
         conditions: &[Arc<Conditioned<Vec<f32>>>],
-        trace: Option<&mut dyn FnMut(&Vec<f32>)>,
+        trace: Trace<'_, Vec<f32>>,
     ) -> Result<(), ModelError> {
         let a = &self.architecture;
         let row_tokens = a.tokens();
@@ -583,13 +588,13 @@ mod tests {
     #[test]
     fn rows_are_split_evenly_between_threads_and_tokens_where_rows_are_few() {
         use Split::{Groups, Team};
-        assert_eq!(Split::new(1, 16, 1), Groups(vec![0..16]));
+        assert_eq!(Split::new(1, 16, 1), Groups(even(16, 1, 1)));
         assert_eq!(Split::new(1, 16, 2), Team(vec![0..8, 8..16]));
         assert_eq!(Split::new(2, 16, 2), Groups(vec![0..16, 16..32]));
         assert_eq!(Split::new(3, 16, 2), Team(vec![0..24, 24..48]));
         // No more threads than there is work for.
         assert_eq!(Split::new(1, 16, 64), Team(even(16, 4, 1)));
-        assert_eq!(Split::new(1, 1, 8), Team(vec![0..1]));
+        assert_eq!(Split::new(1, 1, 8), Team(even(1, 1, 1)));
         // 32 rows of 16 tokens: four groups of 128, two for each of two threads.
         assert_eq!(Split::new(32, 16, 2), Groups(even(32, 4, 16)));
         for (rows, tokens, threads) in (1..70).flat_map(|r| [(r, 16, 2), (r, 9, 3), (r, 256, 5)]) {

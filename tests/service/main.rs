@@ -9,5 +9,6 @@ mod faults;
 mod http_api;
 mod parity;
 mod remote;
+mod same_bytes;
 mod sources;
 mod stores;
