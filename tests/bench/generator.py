@@ -98,7 +98,7 @@ def onnx(weights: str, config: dit.Config, threads: int):
         warnings.simplefilter("ignore")
         path = os.path.join(folder, "model.onnx")
         batch = torch.export.Dim("batch", min=1, max=1024)
-        torch.onnx.export(model, (x, t, label), path, dynamo=True, verbose=False, dynamic_shapes={"x": {0: batch}, "t": {0: batch}, "label": {0: batch}, "trace": None}, input_names=["x", "t", "label"])
+        torch.onnx.export(model, (x, t, label), path, dynamo=True, verbose=False, dynamic_shapes={"x": {0: batch}, "t": {0: batch}, "label": {0: batch}}, input_names=["x", "t", "label"])
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
