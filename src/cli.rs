@@ -384,6 +384,7 @@ async fn header(uri: ModelUri, config: Config) -> Result<Header, Box<dyn Error>>
     let storage = storage::StorageConfig {
         cache_dir: None,
         sha256: None,
+        first_bytes: 64 << 10,
         ..config.engine.storage
     };
     let mut opened = Storage::new(storage)

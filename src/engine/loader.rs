@@ -3,7 +3,7 @@
 use super::batcher::Batcher;
 use super::memory::Reservation;
 use super::shelf::Shelf;
-use super::{LoadError, Memory};
+use super::{BatcherMetrics, LoadError, Memory};
 use crate::model::{self, Generator, Header, ModelError, Weights, open_device};
 use crate::storage::{
     Arrived, ModelUri, Opened, Origin, Progress, Segment, Storage, StorageError, Verified, hex,
@@ -172,6 +172,14 @@ impl Slot {
 
     pub(super) fn is_ready(&self) -> bool {
         matches!(&*self.lock(), State::Ready(_))
+    }
+
+    /// What its batcher has done since it was loaded; none while it is not.
+    pub(super) fn metrics(&self) -> Option<BatcherMetrics> {
+        match &*self.lock() {
+            State::Ready(loaded) => Some(loaded.batcher.metrics()),
+            State::Cold { .. } | State::Loading { .. } => None,
+        }
     }
 
     /// What it is called, by its place.

@@ -10,6 +10,8 @@ mod batcher;
 mod error;
 mod loader;
 mod memory;
+mod metrics;
+mod previews;
 mod shelf;
 
 pub use ahead::fetch_files;
@@ -17,10 +19,13 @@ pub use error::{EngineError, LoadError};
 pub(crate) use loader::headers;
 pub use loader::{LoadTimes, ModelInfo, ModelState, ModelStatus};
 pub use memory::Memory;
+pub use metrics::{BatcherMetrics, HistogramSnapshot};
+pub use previews::Preview;
 
 use crate::model::{DeviceKind, SampleSpec, threads_available};
 use crate::storage::{Catalogue, ModelUri, StorageConfig};
 use batcher::{Drawn, Job};
+use previews::Previews;
 use shelf::{InUse, Shelf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -138,6 +143,11 @@ impl Engine {
         self.shelf.loaded()
     }
 
+    /// What each loaded model's batcher has done since it was loaded, by name.
+    pub fn metrics(&self) -> Vec<(String, BatcherMetrics)> {
+        self.shelf.metrics()
+    }
+
     /// Loads the default model without drawing.
     ///
     /// # Errors
@@ -195,15 +205,27 @@ impl Plan {
     /// # Errors
     /// [`EngineError::QueueFull`] at once, never a wait.
     pub fn start(self) -> Result<Drawing, EngineError> {
+        self.queue(None)
+    }
+
+    /// The same, and [`Drawing::event`] also gives previews.
+    ///
+    /// # Errors
+    /// As [`Plan::start`].
+    pub fn start_with_previews(self) -> Result<Drawing, EngineError> {
+        self.queue(Some(Arc::default()))
+    }
+
+    fn queue(self, previews: Option<Arc<Previews>>) -> Result<Drawing, EngineError> {
         let (sender, receiver) = mpsc::channel(self.specs.len().max(1));
-        self.loaded
-            .batcher
-            .submit(Job::new(self.specs.clone(), sender), self.digits_max)?;
+        let job = Job::new(self.specs.clone(), sender, previews.clone());
+        self.loaded.batcher.submit(job, self.digits_max)?;
         Ok(Drawing {
             left: self.specs.len(),
             specs: self.specs,
             receiver,
             _loaded: self.loaded,
+            previews,
         })
     }
 }
@@ -223,10 +245,19 @@ pub struct Digit {
     pub drawn: Duration,
 }
 
+/// What a drawing has to tell.
+#[derive(Debug)]
+pub enum Event {
+    /// A digit on its way. Those that nobody fetched in time are left out.
+    Preview(Preview),
+    Digit(Digit),
+}
+
 /// Digits on their way, in order of completion.
 pub struct Drawing {
     specs: Vec<SampleSpec>,
     receiver: mpsc::Receiver<Drawn>,
+    previews: Option<Arc<Previews>>,
     left: usize,
     /// The model stays while somebody draws with it.
     _loaded: InUse,
@@ -241,22 +272,52 @@ impl Drawing {
         if self.left == 0 {
             return None;
         }
-        let Some(drawn) = self.receiver.recv().await else {
+        let drawn = self.receiver.recv().await;
+        Some(self.digit(drawn))
+    }
+
+    /// The next digit to be done, or a preview of one that is not; none after the last digit. Digits that are done go
+    /// before previews. Dropping the future loses nothing.
+    ///
+    /// # Errors
+    /// As [`Drawing::next`].
+    pub async fn event(&mut self) -> Option<Result<Event, EngineError>> {
+        let Some(previews) = self.previews.clone() else {
+            return Some(self.next().await?.map(Event::Digit));
+        };
+        if self.left == 0 {
+            return None;
+        }
+        loop {
+            if let Ok(drawn) = self.receiver.try_recv() {
+                return Some(self.digit(Some(drawn)).map(Event::Digit));
+            }
+            if let Some(preview) = previews.take() {
+                return Some(Ok(Event::Preview(preview)));
+            }
+            tokio::select! {
+                drawn = self.receiver.recv() => {
+                    return Some(self.digit(drawn).map(Event::Digit));
+                }
+                () = previews.changed() => {}
+            }
+        }
+    }
+
+    fn digit(&mut self, drawn: Option<Drawn>) -> Result<Digit, EngineError> {
+        let Some(drawn) = drawn else {
             self.left = 0;
-            return Some(Err(EngineError::Stopped));
+            return Err(EngineError::Stopped);
         };
         self.left -= 1;
         let spec = self.specs[drawn.index];
-        Some(match drawn.pixels {
-            Ok(pixels) => Ok(Digit {
-                index: drawn.index,
-                label: spec.label,
-                seed: spec.seed,
-                pixels,
-                queued: drawn.queued,
-                drawn: drawn.drawn,
-            }),
-            Err(error) => Err(error.into()),
+        Ok(Digit {
+            index: drawn.index,
+            label: spec.label,
+            seed: spec.seed,
+            pixels: drawn.pixels?,
+            queued: drawn.queued,
+            drawn: drawn.drawn,
         })
     }
 }

@@ -5,7 +5,7 @@
 
 use super::loader::{Loaded, ModelStatus, Places, Slot};
 use super::memory::{Budget, Reservation};
-use super::{EngineConfig, EngineError, LoadError, Memory, Source};
+use super::{BatcherMetrics, EngineConfig, EngineError, LoadError, Memory, Source};
 use crate::storage::{Catalogue, ModelName, Storage, StorageError};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -227,6 +227,12 @@ impl Shelf {
     /// The models that have been asked for, and what they are doing.
     pub(super) fn loaded(&self) -> Vec<ModelStatus> {
         self.slots().values().map(|s| s.status()).collect()
+    }
+
+    pub(super) fn metrics(&self) -> Vec<(String, BatcherMetrics)> {
+        let slots = self.slots();
+        let of = |slot: &Arc<Slot>| Some((slot.name().to_owned(), slot.metrics()?));
+        slots.values().filter_map(of).collect()
     }
 
     /// Promises memory to a model, and makes room for it first.

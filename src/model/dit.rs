@@ -160,6 +160,9 @@ impl<V> Buffers<V> {
     }
 }
 
+/// Sees the output of each block.
+pub(super) type Trace<'a, V> = Option<&'a mut dyn FnMut(&V)>;
+
 /// Names of all [`Network`] weights that are matrices of a linear layer, without `.weight` and `.bias`.
 pub(super) fn linear_names(architecture: &Architecture) -> Vec<String> {
     let outer = ["patch_in", "time1", "time2", "ada", "patch_out"].map(str::to_owned);
@@ -224,7 +227,7 @@ impl<L, T> Network<L, T> {
         x: &O::Value,
         conditions: &[&Conditioned<O::Value>],
         buffers: &mut Buffers<O::Value>,
-        mut trace: Option<&mut dyn FnMut(&O::Value)>,
+        mut trace: Trace<'_, O::Value>,
         out: &mut O::Value,
     ) -> Result<(), ModelError> {
         let ada: Vec<&O::Value> = conditions.iter().map(|c| &c.ada).collect();
@@ -314,6 +317,15 @@ impl Dit {
             architecture: weights.header.architecture.clone(),
             side: Side::Accelerator(Box::new(Accelerator::new(weights, device)?)),
         })
+    }
+
+    /// Rows from which on a row in a batch costs about as much as in any larger one.
+    pub(super) fn batch_rows_min(&self) -> usize {
+        match &self.side {
+            Side::Processor(p) => p.batch_rows_min(),
+            // Whatever the caller's own bound is.
+            Side::Accelerator(_) => usize::MAX,
+        }
     }
 
     /// Bytes of one [`Condition`].

@@ -92,6 +92,11 @@ impl Generator {
         &self.header
     }
 
+    /// Rows from which on a row in a batch costs about as much as in any larger one.
+    pub fn batch_rows_min(&self) -> usize {
+        self.net.batch_rows_min()
+    }
+
     /// A picture's first state: the noise of its seed.
     pub fn start(&self, spec: SampleSpec) -> Row {
         let a = &self.header.architecture;

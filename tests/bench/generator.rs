@@ -6,7 +6,7 @@
 //! HTTP, queue or PNG: this measures the network and the sampler alone.
 
 use candle_core::Device;
-use image_generator::model::{self, Generator, ModelError, SampleSpec};
+use image_generator::model::{self, Generator, SampleSpec};
 use std::io::{BufRead as _, Write as _};
 use std::time::Instant;
 
@@ -20,8 +20,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         Some(path) => std::fs::read(path)?,
         None => model::BUILT_IN.to_vec(),
     };
-    let chunks = bytes.chunks(1 << 20).map(Ok::<_, ModelError>);
-    let weights = model::read(chunks, None, |_| Ok(()))?;
+    let weights = model::from_bytes(&bytes)?;
     let mut generator = Generator::new(weights, &Device::Cpu, threads)?;
     let classes = generator.header().architecture.classes;
     let mut seed = 0;

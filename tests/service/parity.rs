@@ -1,7 +1,7 @@
 //! The network in Rust against the one in PyTorch: tensors that `scripts/train/golden.py` wrote.
 
 use candle_core::{DType, Device, Tensor};
-use image_generator::model::{self, Dit, Generator, SampleSpec, Weights};
+use image_generator::model::{self, Dit, Generator, ModelError, SampleSpec, Weights};
 use std::collections::HashMap;
 
 /// How far two implementations may lie apart, relative where values are larger than 1.
@@ -169,30 +169,60 @@ fn kernels(weights: Weights) -> Dit {
 }
 
 /// What an accelerator computes with.
-fn tensors(weights: Weights) -> Dit {
-    Dit::of_tensors(&weights, &Device::Cpu).unwrap()
+fn tensors(weights: &Weights) -> Dit {
+    Dit::of_tensors(weights, &Device::Cpu).unwrap()
 }
 
 #[test]
 fn a_small_colour_model_runs_forward_as_in_pytorch() {
     forward_agrees(SMALL, SMALL_GOLDEN, kernels);
-    forward_agrees(SMALL, SMALL_GOLDEN, tensors);
+    forward_agrees(SMALL, SMALL_GOLDEN, |w| tensors(&w));
 }
 
 #[test]
 fn a_small_colour_model_samples_as_in_pytorch() {
     sampling_agrees(SMALL, SMALL_GOLDEN, kernels);
-    sampling_agrees(SMALL, SMALL_GOLDEN, tensors);
+    sampling_agrees(SMALL, SMALL_GOLDEN, |w| tensors(&w));
 }
 
 #[test]
 fn the_default_model_runs_forward_as_in_pytorch() {
     forward_agrees(model::BUILT_IN, MNIST_GOLDEN, kernels);
-    forward_agrees(model::BUILT_IN, MNIST_GOLDEN, tensors);
+    forward_agrees(model::BUILT_IN, MNIST_GOLDEN, |w| tensors(&w));
 }
 
 #[test]
 fn the_default_model_samples_as_in_pytorch() {
     sampling_agrees(model::BUILT_IN, MNIST_GOLDEN, kernels);
-    sampling_agrees(model::BUILT_IN, MNIST_GOLDEN, tensors);
+    sampling_agrees(model::BUILT_IN, MNIST_GOLDEN, |w| tensors(&w));
+}
+
+/// Whatever number of the weights is none, it comes out as an error and never as a grey picture.
+#[test]
+fn a_weight_that_is_not_a_number_is_an_error_wherever_it_is() {
+    let (mut bytes, header) = (SMALL.to_vec(), weights(SMALL).header);
+    let mut at = header.files[0].header_bytes as usize;
+    for tensor in &header.tensors {
+        assert_eq!(tensor.dtype, safetensors::Dtype::F16);
+        let sound = bytes[at..at + 2].to_vec();
+        // 0x7e01: a NaN that is not the usual one.
+        bytes[at..at + 2].copy_from_slice(&[0x01, 0x7e]);
+        let broken = model::from_bytes(&bytes).unwrap();
+        for net in [tensors(&broken), kernels(broken)] {
+            let spec = SampleSpec {
+                label: 0,
+                seed: 5,
+                steps: 2,
+                guidance: 1.0,
+            };
+            let drawn = Generator::of(header.clone(), net).draw(&[spec]);
+            assert!(
+                matches!(drawn, Err(ModelError::NotFinite { seed: 5, step: 2 })),
+                "{}: {drawn:?}",
+                tensor.name
+            );
+        }
+        bytes[at..at + 2].copy_from_slice(&sound);
+        at += tensor.bytes;
+    }
 }

@@ -64,16 +64,6 @@ impl Isa {
         all.push(Self(Kind::Portable));
         all
     }
-
-    pub fn name(self) -> &'static str {
-        match self.0 {
-            #[cfg(target_arch = "x86_64")]
-            Kind::Avx512 => "avx512",
-            #[cfg(target_arch = "x86_64")]
-            Kind::Avx2 => "avx2",
-            Kind::Portable => "portable",
-        }
-    }
 }
 
 /// Work that is compiled once for each set of instructions.
@@ -752,7 +742,7 @@ fn exp2(t: f32) -> f32 {
     p = p.mul_add(r, 0.009_618_437);
     p = p.mul_add(r, 0.055_503_324);
     p = p.mul_add(r, 0.240_226_48);
-    p = p.mul_add(r, 0.693_147_2);
+    p = p.mul_add(r, std::f32::consts::LN_2);
     p = p.mul_add(r, 1.0);
     // The whole part goes to the exponent.
     let value = f32::from_bits(p.to_bits().wrapping_add(shifted.to_bits() << 23));

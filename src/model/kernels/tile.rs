@@ -96,8 +96,6 @@ impl Simd for Avx512 {
 }
 
 #[cfg(target_arch = "x86_64")]
-// Not inlined: the loop needs the registers for itself.
-#[inline(never)]
 #[target_feature(enable = "avx512f,avx2,fma,f16c")]
 unsafe fn tile_avx512<const M: usize, const FORMAT: u8>(
     inputs: usize,
@@ -130,10 +128,10 @@ unsafe fn tile_avx512<const M: usize, const FORMAT: u8>(
         for k in 0..inputs {
             let b0 = load::<FORMAT>(panel, k * NR);
             let b1 = load::<FORMAT>(panel, k * NR + 16);
-            for i in 0..M {
+            for (i, c) in c.iter_mut().enumerate() {
                 let a = _mm512_set1_ps(*x.add(i * stride + k));
-                c[i][0] = _mm512_fmadd_ps(a, b0, c[i][0]);
-                c[i][1] = _mm512_fmadd_ps(a, b1, c[i][1]);
+                c[0] = _mm512_fmadd_ps(a, b0, c[0]);
+                c[1] = _mm512_fmadd_ps(a, b1, c[1]);
             }
         }
         for i in 0..M {
@@ -166,8 +164,6 @@ impl Simd for Avx2 {
 }
 
 #[cfg(target_arch = "x86_64")]
-// Not inlined: the loop needs the registers for itself.
-#[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn tile_avx2<const M: usize, const FORMAT: u8>(
     inputs: usize,
@@ -201,10 +197,10 @@ unsafe fn tile_avx2<const M: usize, const FORMAT: u8>(
             for k in 0..inputs {
                 let b0 = load::<FORMAT>(panel, k * NR + first);
                 let b1 = load::<FORMAT>(panel, k * NR + first + 8);
-                for i in 0..M {
+                for (i, c) in c.iter_mut().enumerate() {
                     let a = _mm256_set1_ps(*x.add(i * stride + k));
-                    c[i][0] = _mm256_fmadd_ps(a, b0, c[i][0]);
-                    c[i][1] = _mm256_fmadd_ps(a, b1, c[i][1]);
+                    c[0] = _mm256_fmadd_ps(a, b0, c[0]);
+                    c[1] = _mm256_fmadd_ps(a, b1, c[1]);
                 }
             }
             for i in 0..M {
