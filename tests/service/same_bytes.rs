@@ -60,7 +60,7 @@ fn digits_are_the_same_bytes_alone_and_in_batches_of_every_size_with_any_number_
     assert_eq!(distinct.len(), specs.len(), "the test says nothing");
     let sizes = |most| (1..=most).chain([16, 33, specs.len()]);
     // Three threads do not divide the rows evenly.
-    for (threads, most) in [(1, 12), (2, 12), (3, 3)] {
+    for (threads, most) in [(1, 8), (2, 8), (3, 3)] {
         let mut generator = generator(threads);
         for rows in sizes(most) {
             let together = in_batches(&mut generator, &specs, rows);
