@@ -89,6 +89,17 @@ struct Transfer<'f, 'a> {
     network: Mutex<VecDeque<Job<'a>>>,
     /// Objects without ranges: all chunks of each.
     streams: Mutex<Vec<(usize, Vec<Chunk<'a>>, Body)>>,
+    /// Lanes that have not run out of work yet.
+    fetching: watch::Sender<usize>,
+}
+
+/// Counts a lane out, a panicking one too.
+struct Fetching<'f>(&'f watch::Sender<usize>);
+
+impl Drop for Fetching<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|lanes| *lanes = lanes.saturating_sub(1));
+    }
 }
 
 /// Fills all segments of all files. Blocks.
@@ -117,6 +128,7 @@ pub(super) fn fill(
             disk: Mutex::default(),
             network: Mutex::default(),
             streams: Mutex::default(),
+            fetching: watch::Sender::new(0),
         };
         for (i, segments) in segments.into_iter().enumerate() {
             transfer.enqueue(i, &files[i], segments, bodies[i].take())?;
@@ -261,6 +273,7 @@ impl<'f, 'a> Transfer<'f, 'a> {
             let reading = &reading;
             self.lanes(scope, jobs, &to, |lane| self.disk_lane(reading, lane));
             let jobs = lock(&self.network).len() + lock(&self.streams).len();
+            self.fetching.send_replace(lane_count(jobs));
             self.lanes(scope, jobs, &to, move |lane| {
                 if let Err(error) = self.network_lane(jobs, lane) {
                     self.fail(error);
@@ -297,8 +310,7 @@ impl<'f, 'a> Transfer<'f, 'a> {
         if jobs == 0 {
             return;
         }
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let others: Vec<_> = (1..processors.min(LANES_MAX).min(jobs))
+        let others: Vec<_> = (1..lane_count(jobs))
             .map(|_| {
                 let to = to.clone();
                 scope.spawn(move || lane(&to))
@@ -330,9 +342,12 @@ impl<'f, 'a> Transfer<'f, 'a> {
                     }
                 },
             };
-            let read = job.chunk.read_from(file);
             let index = job.chunk.index;
             let expected = task.promised(index).or(task.on_disk[index]);
+            if expected.is_some() {
+                job.chunk.hash_on_the_way();
+            }
+            let read = job.chunk.read_from(file);
             let right =
                 read.is_ok() && expected.is_none_or(|expected| job.chunk.digest() == expected);
             let bytes = job.chunk.range.end - job.chunk.range.start;
@@ -363,20 +378,26 @@ impl<'f, 'a> Transfer<'f, 'a> {
     }
 
     fn network_lane(&self, jobs: usize, to: &Outlets<'a>) -> Result<(), StorageError> {
+        let fetching = Fetching(&self.fetching);
         // A runtime of its own: this thread reads the sockets, and copies what it has just read.
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .map_err(|e| StorageError::Read(std::sync::Arc::new(e)))?;
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let lanes = processors.min(LANES_MAX).min(jobs).max(1);
-        let wide = self.config.range_concurrency.div_ceil(lanes);
+        let wide = self.config.range_concurrency.div_ceil(lane_count(jobs));
         let mut stop = self.stop.subscribe();
         runtime.block_on(async {
             tokio::select! {
                 biased;
                 _ = stop.wait_for(|stop| *stop) => Ok(()),
-                result = self.fetch_all(wide, to) => result,
+                result = self.fetch_all(wide, to) => {
+                    result?;
+                    // The lanes share a pool of connections, each driven by the runtime that opened it: one that ended
+                    // here would cut off ranges that another lane still reads.
+                    drop(fetching);
+                    let _ = self.fetching.subscribe().wait_for(|lanes| *lanes == 0).await;
+                    Ok(())
+                }
             }
         })
     }
@@ -386,6 +407,11 @@ impl<'f, 'a> Transfer<'f, 'a> {
             let Where::Store(remote) = self.tasks[file].source else {
                 continue;
             };
+            for chunk in &mut chunks {
+                if self.wants_digest(file, chunk.index, to) {
+                    chunk.hash_on_the_way();
+                }
+            }
             remote.read_all(&mut chunks, body).await?;
             for chunk in chunks {
                 let digest = self.digest(file, &chunk, to);
@@ -415,6 +441,9 @@ impl<'f, 'a> Transfer<'f, 'a> {
         let Where::Store(remote) = task.source else {
             return Ok(());
         };
+        if self.wants_digest(job.file, job.chunk.index, to) {
+            job.chunk.hash_on_the_way();
+        }
         for _ in 0..DIGEST_TRIES {
             remote.read_chunk(&mut job.chunk, job.body.take()).await?;
             let digest = self.digest(job.file, &job.chunk, to);
@@ -436,8 +465,12 @@ impl<'f, 'a> Transfer<'f, 'a> {
 
     /// A chunk's digest, where somebody needs it.
     fn digest(&self, file: usize, chunk: &Chunk<'_>, to: &Outlets<'_>) -> Option<[u8; 32]> {
-        let needed = self.tasks[file].promised(chunk.index).is_some() || to.writer.is_some();
-        needed.then(|| chunk.digest())
+        self.wants_digest(file, chunk.index, to)
+            .then(|| chunk.digest())
+    }
+
+    fn wants_digest(&self, file: usize, index: usize, to: &Outlets<'_>) -> bool {
+        self.tasks[file].promised(index).is_some() || to.writer.is_some()
     }
 
     /// SHA-256 of each file that wants one, over its chunks in order.
@@ -515,6 +548,12 @@ impl<'f, 'a> Transfer<'f, 'a> {
     fn is_over(&self) -> bool {
         *self.stop.borrow()
     }
+}
+
+/// As many lanes as there is work for, one a processor.
+fn lane_count(jobs: usize) -> usize {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    processors.min(LANES_MAX).min(jobs).max(1)
 }
 
 fn wrong_chunk(index: usize) -> StorageError {
