@@ -1,6 +1,6 @@
 """Teaches the flow-matching model to draw in few steps, on the MNIST training files.
 
-    python scripts/train/distill.py --data DIR --init scripts/train/out/model.safetensors --out scripts/train/out --iterations 1400 --compile
+    python scripts/train/distill.py --data DIR --init scripts/train/out/model.safetensors --out scripts/train/out --iterations 1450 --compile
 
 The student starts as the flow model. It walks its own sampler (dit.py's `sample`, guidance 1, so half of the work a
 step) with 1, 2, 4 or more steps, and each clean picture that it predicts on the way has to pass for a real digit of
@@ -24,8 +24,9 @@ machine that is much faster than threads, which wait for each other in every ope
 speed; the result changes in the last bits only.
 
 What is exported is an exponential moving average of the weights. A run that was stopped goes on from its last
-checkpoint when the same command is given again. The rate is constant up to the last quarter, so a run may be given
-more --iterations until then, and is the same as one that had them from the start.
+checkpoint when the same command is given again. At the full rate the student itself is never at rest, and its average,
+which is, draws digits that are too much alike, which no loss sees. So from iteration --settle-from on the student goes on
+from its average, slowly, and the losses judge what will be exported.
 """
 
 import argparse
@@ -63,8 +64,10 @@ def arguments():
     p.add_argument("--data", required=True, help="folder with the four MNIST files")
     p.add_argument("--init", required=True, help="weights of the flow model, as train.py writes them")
     p.add_argument("--out", required=True, help="folder for checkpoint, log and distilled.safetensors")
-    p.add_argument("--iterations", type=int, default=1400)
+    p.add_argument("--iterations", type=int, default=1450)
     p.add_argument("--long-from", type=int, default=900)
+    p.add_argument("--settle-from", type=int, default=1200)
+    p.add_argument("--settle", type=float, default=0.2, help="share of the rate from then on, falling to none in the second half")
     p.add_argument("--rate", type=float, default=2e-4)
     p.add_argument("--critic-rate", type=float, default=3e-4)
     p.add_argument("--adversarial", type=float, default=1.0)
@@ -74,10 +77,10 @@ def arguments():
     p.add_argument("--penalty-noise", type=float, default=0.1)
     p.add_argument("--ema", type=float, default=0.998)
     p.add_argument("--encoder-epochs", type=int, default=4)
-    p.add_argument("--evaluate-every", type=int, default=200)
+    p.add_argument("--evaluate-every", type=int, default=50)
     p.add_argument("--seed", type=int, default=2026)
     p.add_argument("--processes", type=int, default=2, help="a divisor of 10")
-    p.add_argument("--checkpoint-every", type=int, default=100, help="iterations")
+    p.add_argument("--checkpoint-every", type=int, default=50, help="iterations")
     p.add_argument("--compile", action="store_true", help="torch.compile the network")
     p.add_argument("--default-steps", type=int, default=4, help="what the weights file will say")
     p.add_argument("--name", default="mnist")
@@ -309,6 +312,9 @@ def distill(rank: int, a, barrier, shared: torch.Tensor, walks_x: torch.Tensor):
         os.replace(place("distill.pt.tmp"), place("distill.pt"))
         tensors = {k: v.half().contiguous() for k, v in average.state_dict().items()}
         meta = dit.metadata(config, dit.Sampler(a.default_steps, 1.0), a.name, [str(i) for i in range(CLASSES)])
+        if step >= a.settle_from:
+            # Near the end each one is kept, for merge.py to choose from.
+            save_file(tensors, place(f"at-{step}.safetensors"), meta)
         save_file(tensors, place("distilled.safetensors.tmp"), meta)
         os.replace(place("distilled.safetensors.tmp"), place("distilled.safetensors"))
 
@@ -326,12 +332,17 @@ def distill(rank: int, a, barrier, shared: torch.Tensor, walks_x: torch.Tensor):
     base_seconds, base_step, sums, n = seconds, step, {}, 0
     while step < a.iterations:
         generator = torch.Generator().manual_seed(a.seed * 10_000_000 + step)
-        # Warm-up, then constant, then linearly down in the last quarter.
-        decay = min(1.0, (step + 1) / 50, max(0.02, 4 * (1 - step / a.iterations)))
+        settled = step - a.settle_from
+        if settled == 0:
+            model.load_state_dict(average.state_dict())
+        if settled < 0:
+            decay, first_beta = min(1.0, (step + 1) / 50), 0.0
+        else:
+            decay, first_beta = a.settle * min(1.0, max(0.02, 2 * (1 - settled / (a.iterations - a.settle_from)))), 0.8
         for group in optimizer.param_groups:
-            group["lr"] = a.rate * decay
+            group["lr"], group["betas"] = a.rate * decay, (first_beta, 0.99)
         for group in critic_optimizer.param_groups:
-            group["lr"] = a.critic_rate * decay
+            group["lr"] = a.critic_rate * (1.0 if settled < 0 else decay**0.5)
         long = step >= a.long_from
         now = walks.time()[own]
         none = torch.randint(ROWS, (CLASSES, NONE_ROWS), generator=generator)[own_classes]
@@ -373,7 +384,8 @@ def distill(rank: int, a, barrier, shared: torch.Tensor, walks_x: torch.Tensor):
         walks.advance(predicted.detach(), long, generator)
         step += 1
         with torch.no_grad():
-            rate = 1 - min(a.ema, (1 + step) / (10 + step))
+            age = step if settled < 0 else settled + 1
+            rate = 1 - min(a.ema, (1 + age) / (10 + age))
             for kept, p in zip(average.parameters(), model.parameters()):
                 kept.lerp_(p, rate)
 
