@@ -21,8 +21,9 @@ COPY --from=toolchain-cpu /usr/local/rustup /usr/local/rustup
 ENV CARGO_HOME=/usr/local/cargo RUSTUP_HOME=/usr/local/rustup PATH=/usr/local/cargo/bin:/usr/local/cuda/bin:/usr/bin:/bin
 ENV FEATURES="cuda"
 
+# The default once more: Podman finds the stage before it has read the ARG above.
 # hadolint ignore=DL3006
-FROM toolchain-${ACCELERATOR} AS builder
+FROM toolchain-${ACCELERATOR:-cpu} AS builder
 # No GPU is seen while an image is built, so nvcc cannot ask it: 89 is an L4, 90 an H100 or H200.
 ARG CUDA_COMPUTE_CAP=89
 WORKDIR /build
@@ -47,7 +48,7 @@ ENV LD_LIBRARY_PATH=/usr/local/nvidia/lib64:/usr/local/cuda/lib64 \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility DEVICE=cuda
 
 # hadolint ignore=DL3006
-FROM base-${ACCELERATOR} AS service
+FROM base-${ACCELERATOR:-cpu} AS service
 COPY --from=builder /build/target/release/image-generator /usr/local/bin/image-generator
 COPY --from=builder --chown=65532:65532 /models /app/models
 WORKDIR /app
