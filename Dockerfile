@@ -37,9 +37,10 @@ RUN touch src/main.rs src/lib.rs \
     && cargo build --release --locked --bin image-generator --features "$FEATURES" \
     && mkdir -p /models
 
-FROM gcr.io/distroless/cc-debian12:nonroot AS base-cpu
+# glibc, certificates and time zones; what else the binary needs is one small library, see below.
+FROM gcr.io/distroless/base-nossl-debian12:nonroot AS base-cpu
 
-FROM base-cpu AS base-cuda
+FROM gcr.io/distroless/cc-debian12:nonroot AS base-cuda
 COPY --from=toolchain-cuda /usr/local/cuda/lib64/libcublas.so.12 /usr/local/cuda/lib64/libcublasLt.so.12 \
     /usr/local/cuda/lib64/libcudart.so.12 /usr/local/cuda/lib64/libcurand.so.10 \
     /usr/local/cuda/lib64/libnvrtc.so.12 /usr/local/cuda/lib64/libnvrtc-builtins.so.12.2 /usr/local/cuda/lib64/
@@ -49,6 +50,8 @@ ENV LD_LIBRARY_PATH=/usr/local/nvidia/lib64:/usr/local/cuda/lib64 \
 
 # hadolint ignore=DL3006
 FROM base-${ACCELERATOR:-cpu} AS service
+# Unwinding after a panic.
+COPY --from=builder /usr/lib/*-linux-gnu/libgcc_s.so.1 /usr/lib/
 COPY --from=builder /build/target/release/image-generator /usr/local/bin/image-generator
 COPY --from=builder --chown=65532:65532 /models /app/models
 WORKDIR /app
