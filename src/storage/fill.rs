@@ -89,17 +89,6 @@ struct Transfer<'f, 'a> {
     network: Mutex<VecDeque<Job<'a>>>,
     /// Objects without ranges: all chunks of each.
     streams: Mutex<Vec<(usize, Vec<Chunk<'a>>, Body)>>,
-    /// Lanes that have not run out of work yet.
-    fetching: watch::Sender<usize>,
-}
-
-/// Counts a lane out, a panicking one too.
-struct Fetching<'f>(&'f watch::Sender<usize>);
-
-impl Drop for Fetching<'_> {
-    fn drop(&mut self) {
-        self.0.send_modify(|lanes| *lanes = lanes.saturating_sub(1));
-    }
 }
 
 /// Fills all segments of all files. Blocks.
@@ -128,7 +117,6 @@ pub(super) fn fill(
             disk: Mutex::default(),
             network: Mutex::default(),
             streams: Mutex::default(),
-            fetching: watch::Sender::new(0),
         };
         for (i, segments) in segments.into_iter().enumerate() {
             transfer.enqueue(i, &files[i], segments, bodies[i].take())?;
@@ -273,7 +261,6 @@ impl<'f, 'a> Transfer<'f, 'a> {
             let reading = &reading;
             self.lanes(scope, jobs, &to, |lane| self.disk_lane(reading, lane));
             let jobs = lock(&self.network).len() + lock(&self.streams).len();
-            self.fetching.send_replace(lane_count(jobs));
             self.lanes(scope, jobs, &to, move |lane| {
                 if let Err(error) = self.network_lane(jobs, lane) {
                     self.fail(error);
@@ -378,8 +365,8 @@ impl<'f, 'a> Transfer<'f, 'a> {
     }
 
     fn network_lane(&self, jobs: usize, to: &Outlets<'a>) -> Result<(), StorageError> {
-        let fetching = Fetching(&self.fetching);
-        // A runtime of its own: this thread reads the sockets, and copies what it has just read.
+        // A runtime of its own, and with it a pool of connections: this thread reads the sockets, and copies what it has
+        // just read.
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -390,14 +377,7 @@ impl<'f, 'a> Transfer<'f, 'a> {
             tokio::select! {
                 biased;
                 _ = stop.wait_for(|stop| *stop) => Ok(()),
-                result = self.fetch_all(wide, to) => {
-                    result?;
-                    // The lanes share a pool of connections, each driven by the runtime that opened it: one that ended
-                    // here would cut off ranges that another lane still reads.
-                    drop(fetching);
-                    let _ = self.fetching.subscribe().wait_for(|lanes| *lanes == 0).await;
-                    Ok(())
-                }
+                result = self.fetch_all(wide, to) => result,
             }
         })
     }

@@ -85,7 +85,7 @@ impl Default for StorageConfig {
             sha256: None,
             first_bytes: fetch::FIRST_BYTES_MAX,
             range_bytes: 8 << 20,
-            range_concurrency: 32,
+            range_concurrency: 64,
             connect_timeout: Duration::from_secs(5),
             stall_timeout: Duration::from_secs(10),
             attempts_max: 6,
