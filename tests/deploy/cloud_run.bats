@@ -1,6 +1,18 @@
 #!/usr/bin/env bats
 # scripts/deploy/cloud-run/deploy against a stand-in for gcloud that knows the real commands' flags (bin/gcloud).
 
+# What one plain run leaves is where many of the tests begin.
+setup_file() {
+    export GCLOUD_STATE=$BATS_FILE_TMPDIR/deployed
+    PATH=$BATS_TEST_DIRNAME/bin:$PATH "$BATS_TEST_DIRNAME/../../scripts/deploy/cloud-run/deploy" --alerts projects/test-project/notificationChannels/1
+}
+
+deployed() {
+    rm -rf "$GCLOUD_STATE"
+    cp -r "$BATS_FILE_TMPDIR/deployed" "$GCLOUD_STATE"
+    : >"$GCLOUD_STATE/log"
+}
+
 setup() {
     root=$(cd "$BATS_TEST_DIRNAME/../.." && pwd)
     export GCLOUD_STATE=$BATS_TEST_TMPDIR/cloud WAIT_SECS=0
@@ -34,8 +46,7 @@ manifest() { cat "$GCLOUD_STATE/services/image-generator"; }
 }
 
 @test "a second run makes nothing anew" {
-    "$deploy"
-    : >"$GCLOUD_STATE/log"
+    deployed
     run "$deploy"
     [ "$status" -eq 0 ]
     not_called '^(services enable|storage cp|builds submit)|(buckets|repositories|service-accounts) create'
@@ -43,7 +54,7 @@ manifest() { cat "$GCLOUD_STATE/services/image-generator"; }
 }
 
 @test "other weights go beside the old ones, with memory that fits them" {
-    "$deploy"
+    deployed
     run "$deploy" --model "$weights"
     [ "$status" -eq 0 ]
     [ "$(find "$GCLOUD_STATE/objects" -name '*.safetensors' | wc -l)" -eq 2 ]
@@ -131,9 +142,8 @@ SH
 }
 
 @test "alerts are made once and brought up to date later" {
-    "$deploy" --alerts projects/test-project/notificationChannels/1
+    deployed
     [ "$(find "$GCLOUD_STATE/alerts" -type f | wc -l)" -eq "$(find "$root/scripts/deploy/cloud-run/alerts" -name '*.json' | wc -l)" ]
-    : >"$GCLOUD_STATE/log"
     "$deploy" --alerts projects/test-project/notificationChannels/1
     not_called 'policies create'
     called 'policies update'
@@ -252,7 +262,7 @@ SH
 }
 
 @test "delete takes away everything that was made, and can be run again" {
-    "$deploy" --alerts projects/test-project/notificationChannels/1
+    deployed
     run "$deploy" --delete --yes
     [ "$status" -eq 0 ] || { echo "$output" && false; }
     for kind in services buckets objects repositories accounts alerts; do
@@ -263,7 +273,7 @@ SH
 }
 
 @test "delete asks, and takes only the service's name for a yes" {
-    "$deploy"
+    deployed
     run "$deploy" --delete <<<yes
     [ "$status" -eq 1 ]
     said 'nothing was deleted'
@@ -276,8 +286,7 @@ SH
 }
 
 @test "a dry run of delete deletes nothing" {
-    "$deploy"
-    : >"$GCLOUD_STATE/log"
+    deployed
     run "$deploy" --delete --dry-run
     [ "$status" -eq 0 ]
     [ -z "$(log)" ]
