@@ -96,6 +96,93 @@ pub struct FieldError {
     pub detail: String,
 }
 
+/// One record of a streamed answer (`application/x-ndjson`: a line; `text/event-stream`: an event of its type's name).
+///
+/// A stream begins with `queued`, at once, and ends with `done` or `error`. One that ends without either was cut.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "lowercase")]
+pub enum Record {
+    /// The request is valid as far as that can be said without the model. Sent again now and then while it waits.
+    Queued {
+        request_id: String,
+        /// Digits that will be drawn.
+        digits: u64,
+        /// Seed of the first digit.
+        seed: u64,
+        /// Digits of all requests that wait or are being drawn.
+        waiting: u64,
+        /// How the digits lie in a sheet.
+        columns: u64,
+        rows: u64,
+    },
+    /// The model is being loaded.
+    Loading {
+        model: String,
+        bytes_arrived: u64,
+        /// 0 while unknown.
+        bytes_total: u64,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        seconds_left: Option<u64>,
+    },
+    /// The model is there, and the digits are in the queue.
+    Started {
+        model: String,
+        model_version: String,
+        image_size: u64,
+        channels: u64,
+        steps: u64,
+        guidance: f32,
+    },
+    /// What a digit is heading for. One that came too fast for the reader is left out.
+    Preview {
+        index: u64,
+        /// Steps taken, from 1.
+        step: u64,
+        steps: u64,
+        /// A PNG file at scale 1, as base64.
+        png: String,
+    },
+    /// A digit that is done. They come in order of completion.
+    Digit {
+        index: u64,
+        label: String,
+        seed: u64,
+        /// A PNG file, as base64.
+        png: String,
+    },
+    /// All digits have been sent.
+    Done {
+        digits: u64,
+        seed: u64,
+        model: String,
+        model_version: String,
+        /// Milliseconds by what they were spent on, as in Server-Timing.
+        timing: std::collections::BTreeMap<String, f64>,
+    },
+    /// Nothing more will come.
+    Error {
+        problem: Problem,
+        /// Seconds after which another try makes sense.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        retry_after: Option<u64>,
+    },
+}
+
+impl Record {
+    /// The `type` field.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Queued { .. } => "queued",
+            Self::Loading { .. } => "loading",
+            Self::Started { .. } => "started",
+            Self::Preview { .. } => "preview",
+            Self::Digit { .. } => "digit",
+            Self::Done { .. } => "done",
+            Self::Error { .. } => "error",
+        }
+    }
+}
+
 /// Body of `GET /v1/models`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Models {
@@ -155,4 +242,8 @@ pub mod headers {
     pub const MODEL: &str = "x-model";
     pub const MODEL_VERSION: &str = "x-model-version";
     pub const REQUEST_ID: &str = "x-request-id";
+    /// Of a part of `multipart/mixed`: the digit's place in the request.
+    pub const INDEX: &str = "x-index";
+    /// Of a part of `multipart/mixed`: the class's name, percent-encoded.
+    pub const LABEL: &str = "x-label";
 }

@@ -1,13 +1,15 @@
 //! The command line: serve, draw, inspect, fetch, pack, health.
 
-use crate::api::{Digits, GenerateRequest, Layout};
-use crate::client::{Client, ClientConfig};
+use crate::api::{Digits, GenerateRequest, Layout, Record};
+use crate::client::{Auth, Client, ClientConfig};
 use crate::config::{Config, VARIABLES};
 use crate::engine::{self, DrawRequest, Engine, ModelState, Source};
-use crate::image::{Grid, Picture, assemble, encode, enlarge};
+use crate::image::{Grid, Picture, Sheet, decode, encode_sheet};
 use crate::model::{self, Header};
 use crate::storage::{self, ModelUri, Progress, Storage};
 use crate::{server, telemetry};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use sha2::Digest as _;
@@ -94,6 +96,16 @@ struct Draw {
     /// The model's name
     #[arg(long)]
     model: Option<String>,
+    /// With --url: a Google identity token to ask with, from the metadata server or from the gcloud command
+    #[arg(long, value_enum, requires = "url")]
+    identity: Option<Identity>,
+}
+
+/// Where an identity token comes from.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Identity {
+    Metadata,
+    Gcloud,
 }
 
 fn environment() -> String {
@@ -152,8 +164,13 @@ fn is_broken_pipe(error: &(dyn Error + 'static)) -> bool {
 
 /// The port is open before there is a runtime to serve it: whoever connects meanwhile waits in its queue.
 fn serve(config: Config, started: Instant) -> Outcome {
-    let listener = std::net::TcpListener::bind(config.listen)
-        .map_err(|e| format!("cannot listen on {} (HOST, PORT): {e}", config.listen))?;
+    let listener = match listenfd::ListenFd::from_env().take_tcp_listener(0) {
+        // systemd holds the socket (LISTEN_FDS), and goes on holding it when this process ends.
+        Ok(Some(listener)) => listener,
+        Ok(None) => std::net::TcpListener::bind(config.listen)
+            .map_err(|e| format!("cannot listen on {} (HOST, PORT): {e}", config.listen))?,
+        Err(e) => return Err(format!("the socket of LISTEN_FDS is no TCP listener: {e}").into()),
+    };
     listener.set_nonblocking(true)?;
     telemetry::init(&config.telemetry, false);
     let address = listener.local_addr()?;
@@ -227,32 +244,93 @@ impl Draw {
     }
 
     async fn remote(&self, url: &str) -> Result<Vec<u8>, Box<dyn Error>> {
-        let bearer = std::env::var("IMAGE_GENERATOR_TOKEN")
-            .ok()
-            .filter(|t| !t.is_empty());
+        let variable = |name| std::env::var(name).ok().filter(|t: &String| !t.is_empty());
+        let auth = match (self.identity, variable("IMAGE_GENERATOR_TOKEN")) {
+            (Some(Identity::Metadata), _) => Auth::GoogleMetadata,
+            (Some(Identity::Gcloud), _) => Auth::Gcloud,
+            (None, Some(token)) => Auth::Bearer(token),
+            (None, None) => Auth::None,
+        };
         let client = Client::new(
             url,
             ClientConfig {
-                bearer,
+                auth,
+                api_key: variable("IMAGE_GENERATOR_API_KEY"),
+                retries: 5,
                 ..ClientConfig::default()
             },
         )?;
+        // At scale 1: what is sent is small, and the sheet is made here, as the server would make it.
         let request = GenerateRequest {
             digits: Some(Digits::Text(self.digits.clone())),
             count: Some(self.count),
             seed: self.seed,
             steps: self.steps,
             guidance: self.guidance,
-            scale: Some(self.scale),
+            scale: None,
             layout: self.layout,
             model: self.model.clone(),
         };
-        let image = client.generate(&request).await?;
-        eprintln!(
-            "drawn by {} {} with seed {}",
-            image.model, image.model_version, image.seed
-        );
-        Ok(image.png.to_vec())
+        let mut stream = client.stream(&request).await?;
+        let mut show = Show::default();
+        let (mut grid, mut cells) = (Grid::square(1), Vec::new());
+        let broken = || "the server sent something that is no digit";
+        while let Some(record) = stream.next().await {
+            match record? {
+                Record::Queued {
+                    digits, columns, ..
+                } if cells.is_empty() => {
+                    let digits = usize::try_from(digits)?;
+                    // A server's word is not taken for how much memory that is.
+                    if digits as u64 > self.digits.chars().count() as u64 * self.count {
+                        return Err(broken().into());
+                    }
+                    grid = Grid::with_columns(usize::try_from(columns)?, digits);
+                    cells = vec![None; digits];
+                }
+                Record::Loading {
+                    bytes_arrived,
+                    bytes_total,
+                    ..
+                } if bytes_total > 0 => {
+                    show.at(BYTES_BAR, bytes_total, bytes_arrived);
+                }
+                Record::Digit { index, png, .. } => {
+                    let bytes = STANDARD.decode(png)?;
+                    let picture = decode(&bytes).ok_or_else(broken)?;
+                    let cell = usize::try_from(index).ok().and_then(|i| cells.get_mut(i));
+                    *cell.ok_or_else(broken)? = Some(picture);
+                    let done = cells.iter().flatten().count();
+                    show.at(DIGITS_BAR, cells.len() as u64, done as u64);
+                }
+                Record::Done {
+                    model,
+                    model_version,
+                    seed,
+                    ..
+                } => {
+                    show.end();
+                    eprintln!("drawn by {model} {model_version} with seed {seed}");
+                }
+                _ => {}
+            }
+        }
+        let cells: Vec<Picture> = cells.into_iter().flatten().collect();
+        let first = cells.first().ok_or_else(broken)?;
+        let sheet = Sheet {
+            grid,
+            size: first.height,
+            channels: first.channels,
+            scale: self.scale as usize,
+        };
+        if cells.len() > grid.columns * grid.rows
+            || cells.iter().any(|c| {
+                (c.width, c.height, c.channels) != (sheet.size, sheet.size, sheet.channels)
+            })
+        {
+            return Err(broken().into());
+        }
+        Ok(encode_sheet(sheet, &cells))
     }
 
     async fn local(&self, mut config: Config) -> Result<Vec<u8>, Box<dyn Error>> {
@@ -290,10 +368,7 @@ impl Draw {
         let mut drawing = plan.start()?;
         let mut cells = vec![Picture::black(size, size, channels); total];
         let bar = if total > 50 {
-            bar(
-                total as u64,
-                "{bar:30} {pos}/{len} digits, {per_sec}, {eta} left",
-            )
+            bar(total as u64, DIGITS_BAR)
         } else {
             ProgressBar::hidden()
         };
@@ -313,10 +388,13 @@ impl Draw {
             Layout::Strip => Grid::with_columns(total, total),
         };
         eprintln!("drawn by {} {} with seed {seed}", info.name, info.version);
-        Ok(encode(&enlarge(
-            &assemble(grid, &cells),
-            self.scale as usize,
-        )))
+        let sheet = Sheet {
+            grid,
+            size,
+            channels,
+            scale: self.scale as usize,
+        };
+        Ok(encode_sheet(sheet, &cells))
     }
 }
 
@@ -329,6 +407,29 @@ fn bar(length: u64, template: &str) -> ProgressBar {
 
 const BYTES_BAR: &str =
     "fetching weights {bar:30} {bytes}/{total_bytes}, {bytes_per_sec}, {eta} left";
+const DIGITS_BAR: &str = "drawing {bar:30} {pos}/{len} digits, {per_sec}, {eta} left";
+
+/// One bar at a time: the load's, then the digits'.
+#[derive(Default)]
+struct Show(Option<(&'static str, ProgressBar)>);
+
+impl Show {
+    fn at(&mut self, template: &'static str, length: u64, position: u64) {
+        if self.0.as_ref().is_none_or(|(shown, _)| *shown != template) {
+            self.end();
+            self.0 = Some((template, bar(length, template)));
+        }
+        if let Some((_, bar)) = &self.0 {
+            bar.set_position(position);
+        }
+    }
+
+    fn end(&mut self) {
+        if let Some((_, bar)) = self.0.take() {
+            bar.finish_and_clear();
+        }
+    }
+}
 
 /// Waits for work that may load a model, and shows how far the load is.
 async fn watched<T>(engine: &Engine, work: impl Future<Output = T>) -> T {
@@ -388,6 +489,7 @@ async fn header(uri: ModelUri, config: Config) -> Result<Header, Box<dyn Error>>
     let storage = storage::StorageConfig {
         cache_dir: None,
         sha256: None,
+        first_bytes: 64 << 10,
         ..config.engine.storage
     };
     let mut opened = Storage::new(storage)

@@ -2,7 +2,7 @@
 
 use crate::engine::{EngineConfig, Source};
 use crate::model::{DeviceKind, threads_available};
-use crate::server::ServerConfig;
+use crate::server::{ApiKeys, ServerConfig};
 use crate::storage::{self, ModelName, ModelUri, Place, StorageConfig};
 use crate::telemetry::{LogFormat, TelemetryConfig};
 use serde::Deserialize;
@@ -112,7 +112,7 @@ pub const VARIABLES: &[Variable] = &[
     ),
     variable(
         "RANGE_CONCURRENCY",
-        "32",
+        "64",
         "ranged requests to a store at a time",
     ),
     variable(
@@ -139,9 +139,34 @@ pub const VARIABLES: &[Variable] = &[
         "connections at a time; further ones wait to be accepted",
     ),
     variable(
+        "MAX_REQUESTS",
+        "1024",
+        "requests for digits that may be open at a time, those that wait for a cold model included; further ones get 503",
+    ),
+    variable(
+        "RATE_LIMIT_PER_MINUTE",
+        "",
+        "requests to /v1 that one client may make in a minute; further ones get 429",
+    ),
+    variable(
+        "TRUSTED_PROXIES",
+        "0",
+        "proxies in front that each append to X-Forwarded-For; the client is the so-manieth from the right. Cloud Run: 1",
+    ),
+    variable(
+        "API_KEYS",
+        "",
+        "keys, separated by commas, one of which every request to /v1 and /metrics must carry",
+    ),
+    variable(
+        "CORS_ORIGINS",
+        "",
+        "origins, separated by commas, whose web pages may ask, such as https://app.example; *: all",
+    ),
+    variable(
         "HEADER_TIMEOUT_SECS",
         "30",
-        "how long a request's head, or its body, may take to arrive",
+        "how long a request's head, or its body, may take to arrive, and how long a client may take nothing of its answer",
     ),
     variable(
         "REQUEST_TIMEOUT_SECS",
@@ -152,6 +177,11 @@ pub const VARIABLES: &[Variable] = &[
         "DRAIN_SECS",
         "8",
         "how long open requests may go on after SIGTERM",
+    ),
+    variable(
+        "IDLE_EXIT_SECS",
+        "",
+        "how long there may be no request, probes left aside, before the process ends by itself; for systemd sockets",
     ),
     variable(
         "GOOGLE_CLOUD_PROJECT",
@@ -190,9 +220,15 @@ struct Raw {
     max_steps: Option<String>,
     max_body_bytes: Option<String>,
     max_connections: Option<String>,
+    max_requests: Option<String>,
+    rate_limit_per_minute: Option<String>,
+    trusted_proxies: Option<String>,
+    api_keys: Option<String>,
+    cors_origins: Option<String>,
     header_timeout_secs: Option<String>,
     request_timeout_secs: Option<String>,
     drain_secs: Option<String>,
+    idle_exit_secs: Option<String>,
     google_cloud_project: Option<String>,
 }
 
@@ -424,6 +460,20 @@ fn build(raw: Raw, check: &mut Check) -> Config {
         header_timeout: check.seconds("HEADER_TIMEOUT_SECS", raw.header_timeout_secs, 1, 3600),
         request_timeout: check.seconds("REQUEST_TIMEOUT_SECS", raw.request_timeout_secs, 1, 86_400),
         drain: check.seconds("DRAIN_SECS", raw.drain_secs, 0, 3600),
+        requests_max: check.number("MAX_REQUESTS", raw.max_requests, 1, 1_000_000),
+        rate_per_minute: check.optional_number(
+            "RATE_LIMIT_PER_MINUTE",
+            raw.rate_limit_per_minute,
+            1,
+            1_000_000,
+        ),
+        trusted_proxies: check.number("TRUSTED_PROXIES", raw.trusted_proxies, 0, 100),
+        api_keys: api_keys(raw.api_keys, check),
+        cors_origins: cors_origins(raw.cors_origins, check),
+        idle_exit: check
+            .optional_number("IDLE_EXIT_SECS", raw.idle_exit_secs, 1, 1 << 30)
+            .map(Duration::from_secs),
+        memory_bytes_max: engine.memory_bytes_max,
     };
     if server.digits_max > engine.queue_digits_max {
         check.problems.push(format!("MAX_DIGITS is {}, which is more than QUEUE_DIGITS, {}: such a request could never be drawn", server.digits_max, engine.queue_digits_max));
@@ -443,6 +493,41 @@ fn build(raw: Raw, check: &mut Check) -> Config {
         preload: check.flag("MODEL_PRELOAD", raw.model_preload),
         warnings,
     }
+}
+
+/// A problem with a key does not repeat it.
+fn api_keys(text: Option<String>, check: &mut Check) -> ApiKeys {
+    let text = text.unwrap_or_default();
+    let keys: Vec<&str> = text.split(',').map(str::trim).collect();
+    let keys: Vec<&str> = keys.into_iter().filter(|k| !k.is_empty()).collect();
+    let usable = |key: &&str| key.len() >= 8 && key.bytes().all(|b| b.is_ascii_graphic());
+    if !keys.iter().all(usable) || (keys.is_empty() && !text.is_empty()) {
+        check
+            .problems
+            .push("API_KEYS has a key that is not 8 or more visible ASCII characters".to_owned());
+    }
+    ApiKeys::new(keys)
+}
+
+fn cors_origins(text: Option<String>, check: &mut Check) -> Vec<String> {
+    let text = text.unwrap_or_default();
+    let origins = text.split(',').map(|o| o.trim().trim_end_matches('/'));
+    let origins: Vec<String> = origins
+        .filter(|o| !o.is_empty())
+        .map(str::to_owned)
+        .collect();
+    for origin in &origins {
+        let exact =
+            url::Url::parse(origin).is_ok_and(|u| u.origin().ascii_serialization() == *origin);
+        if origin != "*" && !exact {
+            check.problem(
+                "CORS_ORIGINS",
+                origin,
+                "an origin, such as https://app.example",
+            );
+        }
+    }
+    origins
 }
 
 /// MODEL_PATH if it holds weights, else MODEL_URI, else the built-in weights.
@@ -555,6 +640,8 @@ mod tests {
             ("APP_ENV", "staging"),
             ("LOG_LEVEL", "loud"),
             ("DRAIN_SECS", "-1"),
+            ("API_KEYS", "long-enough,sh ort"),
+            ("CORS_ORIGINS", "https://a.example,b.example/path"),
         ])
         .unwrap_err();
         let text = problems.join("\n");
@@ -568,13 +655,16 @@ mod tests {
             "APP_ENV",
             "LOG_LEVEL",
             "DRAIN_SECS",
+            "API_KEYS",
+            "CORS_ORIGINS",
         ] {
             assert!(
                 problems.iter().any(|p| p.starts_with(name)),
                 "{name} is missing in\n{text}"
             );
         }
-        assert_eq!(problems.len(), 9, "{text}");
+        assert_eq!(problems.len(), 11, "{text}");
+        assert!(!text.contains("sh ort"), "a key is shown: {text}");
     }
 
     #[test]

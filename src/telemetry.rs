@@ -3,6 +3,7 @@
 
 use serde_json::{Map, Value, json};
 use std::fmt;
+use std::io::IsTerminal as _;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
@@ -41,7 +42,14 @@ pub fn init(config: &TelemetryConfig, stderr: bool) {
         .with_env_filter(filter)
         .with_writer(writer);
     let _ = match config.format {
-        LogFormat::Pretty => builder.with_target(false).try_init(),
+        LogFormat::Pretty => {
+            // Colours are for eyes: a file or a pipe gets none.
+            let terminal = match stderr {
+                true => std::io::stderr().is_terminal(),
+                false => std::io::stdout().is_terminal(),
+            };
+            builder.with_target(false).with_ansi(terminal).try_init()
+        }
         LogFormat::Json => {
             let fields = tracing_subscriber::fmt::format::JsonFields::new();
             builder

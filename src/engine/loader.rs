@@ -10,6 +10,7 @@ use crate::storage::{
 };
 use crate::telemetry::chain;
 use sha2::{Digest as _, Sha256};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
@@ -252,12 +253,23 @@ async fn run(
                 // Somebody may have come between the last one's leaving and this line.
                 if outcome.receiver_count() == 0 {
                     tracing::info!(model = slot.name, "nobody waits for the model any more; its load is given up");
+                    shelf.loads.given_up.fetch_add(1, Ordering::Relaxed);
                     *state = State::Cold { error: None };
                     return;
                 }
             }
         }
     };
+    match &result {
+        Ok(loaded) => shelf.loads.done(
+            loaded.info.origin,
+            loaded.info.header.file_bytes(),
+            loaded.times,
+        ),
+        Err(_) => {
+            shelf.loads.failed.fetch_add(1, Ordering::Relaxed);
+        }
+    }
     match &result {
         Ok(loaded) => tracing::info!(
             model = loaded.info.name,

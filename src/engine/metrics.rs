@@ -1,5 +1,6 @@
-//! What the step batcher has done, as numbers that anyone may read at any time without stopping it.
+//! What the step batcher and the loads have done, as numbers that anyone may read at any time without stopping them.
 
+use super::LoadTimes;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -68,6 +69,75 @@ pub struct BatcherMetrics {
     pub digits_open: u64,
     /// Rows of the step under way, or of the last one.
     pub rows_running: u64,
+}
+
+/// Where weights can come from.
+const ORIGINS: [&str; 4] = ["built-in", "cache", "file", "store"];
+/// Upper bounds of a load's phases, in seconds.
+const LOAD_SECONDS: &[f64] = &[
+    0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 240.0,
+];
+
+/// Counts of all loads.
+#[derive(Debug)]
+pub(super) struct Loads {
+    done: [AtomicU64; 4],
+    bytes: [AtomicU64; 4],
+    pub(super) failed: AtomicU64,
+    pub(super) given_up: AtomicU64,
+    fetch: Histogram,
+    build: Histogram,
+}
+
+impl Loads {
+    pub(super) fn new() -> Self {
+        Self {
+            done: Default::default(),
+            bytes: Default::default(),
+            failed: AtomicU64::new(0),
+            given_up: AtomicU64::new(0),
+            fetch: Histogram::new(LOAD_SECONDS),
+            build: Histogram::new(LOAD_SECONDS),
+        }
+    }
+
+    pub(super) fn done(&self, origin: &str, bytes: u64, times: LoadTimes) {
+        if let Some(i) = ORIGINS.iter().position(|o| *o == origin) {
+            self.done[i].fetch_add(1, Ordering::Relaxed);
+            self.bytes[i].fetch_add(bytes, Ordering::Relaxed);
+        }
+        self.fetch.add_duration(times.fetch);
+        self.build.add_duration(times.build);
+    }
+
+    pub(super) fn snapshot(&self) -> LoadMetrics {
+        let by_origin = |counts: &[AtomicU64; 4]| {
+            let counts = counts.iter().map(|c| c.load(Ordering::Relaxed));
+            ORIGINS.into_iter().zip(counts).collect()
+        };
+        LoadMetrics {
+            done: by_origin(&self.done),
+            bytes: by_origin(&self.bytes),
+            failed: self.failed.load(Ordering::Relaxed),
+            given_up: self.given_up.load(Ordering::Relaxed),
+            fetch_seconds: self.fetch.snapshot(),
+            build_seconds: self.build.snapshot(),
+        }
+    }
+}
+
+/// The numbers of all loads at one moment.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoadMetrics {
+    /// Loads that ended well, by where the weights came from.
+    pub done: Vec<(&'static str, u64)>,
+    /// Their bytes.
+    pub bytes: Vec<(&'static str, u64)>,
+    pub failed: u64,
+    /// Loads that nobody waited for any more.
+    pub given_up: u64,
+    pub fetch_seconds: HistogramSnapshot,
+    pub build_seconds: HistogramSnapshot,
 }
 
 /// Counts of values by size.

@@ -19,7 +19,7 @@ pub use error::{EngineError, LoadError};
 pub(crate) use loader::headers;
 pub use loader::{LoadTimes, ModelInfo, ModelState, ModelStatus};
 pub use memory::Memory;
-pub use metrics::{BatcherMetrics, HistogramSnapshot};
+pub use metrics::{BatcherMetrics, HistogramSnapshot, LoadMetrics};
 pub use previews::Preview;
 
 use crate::model::{DeviceKind, SampleSpec, threads_available};
@@ -148,6 +148,11 @@ impl Engine {
         self.shelf.metrics()
     }
 
+    /// What the loads of all models have come to since the start.
+    pub fn load_metrics(&self) -> LoadMetrics {
+        self.shelf.loads.snapshot()
+    }
+
     /// Loads the default model without drawing.
     ///
     /// # Errors
@@ -214,6 +219,14 @@ impl Plan {
     /// As [`Plan::start`].
     pub fn start_with_previews(self) -> Result<Drawing, EngineError> {
         self.queue(Some(Arc::default()))
+    }
+
+    /// The same, and no preview is left out: they are kept until [`Drawing::event`] gives them, after the last digit too.
+    ///
+    /// # Errors
+    /// As [`Plan::start`].
+    pub fn start_with_every_preview(self) -> Result<Drawing, EngineError> {
+        self.queue(Some(Arc::new(Previews::every())))
     }
 
     fn queue(self, previews: Option<Arc<Previews>>) -> Result<Drawing, EngineError> {
@@ -286,7 +299,8 @@ impl Drawing {
             return Some(self.next().await?.map(Event::Digit));
         };
         if self.left == 0 {
-            return None;
+            let rest = previews.every.then(|| previews.take()).flatten();
+            return rest.map(|preview| Ok(Event::Preview(preview)));
         }
         loop {
             if let Ok(drawn) = self.receiver.try_recv() {

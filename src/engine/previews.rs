@@ -1,7 +1,8 @@
 //! Pictures on their way, for readers that show them: the latest of each digit, and no other.
 //!
 //! The batcher never waits for a reader: what a slow one has not fetched is overwritten by the next step, so a request
-//! holds one picture at most of each of its digits in the batch.
+//! holds one picture at most of each of its digits in the batch. Who makes an animation asks for every picture instead,
+//! and bounds how many that are.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -21,19 +22,32 @@ pub struct Preview {
 
 #[derive(Debug, Default)]
 pub(super) struct Previews {
-    latest: Mutex<BTreeMap<usize, Preview>>,
+    /// By digit and, where every picture is kept, by step.
+    latest: Mutex<BTreeMap<(usize, usize), Preview>>,
     changed: Notify,
+    /// Nothing is overwritten or removed.
+    pub(super) every: bool,
 }
 
 impl Previews {
+    pub(super) fn every() -> Self {
+        Self {
+            every: true,
+            ..Self::default()
+        }
+    }
+
     pub(super) fn put(&self, preview: Preview) {
-        self.lock().insert(preview.index, preview);
+        let step = if self.every { preview.step } else { 0 };
+        self.lock().insert((preview.index, step), preview);
         self.changed.notify_one();
     }
 
     /// Takes out what a digit had, now that it is done.
     pub(super) fn remove(&self, index: usize) {
-        self.lock().remove(&index);
+        if !self.every {
+            self.lock().remove(&(index, 0));
+        }
     }
 
     /// Of the digit that is furthest ahead in the request.
@@ -46,7 +60,7 @@ impl Previews {
         self.changed.notified().await;
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<usize, Preview>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<(usize, usize), Preview>> {
         self.latest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

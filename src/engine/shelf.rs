@@ -5,6 +5,7 @@
 
 use super::loader::{Loaded, ModelStatus, Places, Slot};
 use super::memory::{Budget, Reservation};
+use super::metrics::Loads;
 use super::{BatcherMetrics, EngineConfig, EngineError, LoadError, Memory, Source};
 use crate::storage::{Catalogue, ModelName, Storage, StorageError};
 use std::collections::{BTreeMap, VecDeque};
@@ -27,6 +28,7 @@ pub(super) struct Shelf {
     slots: Mutex<BTreeMap<String, Arc<Slot>>>,
     listing: tokio::sync::Mutex<Option<(Instant, Vec<String>)>>,
     misses: Mutex<VecDeque<(String, Instant)>>,
+    pub(super) loads: Loads,
 }
 
 /// A model that somebody draws with. It stays while this is held.
@@ -70,6 +72,7 @@ impl Shelf {
             config,
             listing: tokio::sync::Mutex::default(),
             misses: Mutex::default(),
+            loads: Loads::new(),
         }
     }
 

@@ -1,10 +1,10 @@
-//! PIXELS: pictures to sheets and PNG files. Pure functions.
+//! PIXELS: pictures to sheets, PNG files and animations. Pure functions.
 
 mod png;
 mod sheet;
 
-pub use png::encode;
-pub use sheet::{Grid, assemble, enlarge};
+pub use png::{decode, encode, encode_animation};
+pub use sheet::{Grid, Sheet, SheetEncoder, assemble, encode_sheet, enlarge};
 
 /// 8-bit pixels, height x width x channels.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,6 +1,8 @@
-//! Many pictures as one: cells side by side, without borders, black where there is none.
+//! Many pictures as one: cells side by side, without borders, black where there is none; and as a PNG file that is made
+//! row by row, while the rest is being drawn.
 
 use super::Picture;
+use super::png::{Lines, chunk, header};
 
 /// How cells are laid out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +47,81 @@ pub fn assemble(grid: Grid, cells: &[Picture]) -> Picture {
         }
     }
     sheet
+}
+
+/// What a sheet's file looks like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sheet {
+    pub grid: Grid,
+    /// Height and width of a cell.
+    pub size: usize,
+    pub channels: usize,
+    /// Each pixel becomes a square of this many pixels.
+    pub scale: usize,
+}
+
+/// Makes a sheet's PNG file, a row of cells at a time.
+pub struct SheetEncoder {
+    sheet: Sheet,
+    /// None after the last row.
+    lines: Option<Lines>,
+    rows_left: usize,
+}
+
+impl SheetEncoder {
+    /// Also the first bytes of the file.
+    pub fn new(sheet: Sheet) -> (Self, Vec<u8>) {
+        let (cell, grid) = (sheet.size * sheet.scale, sheet.grid);
+        let width = grid.columns * cell;
+        let encoder = Self {
+            sheet,
+            lines: Some(Lines::new(width, sheet.channels)),
+            rows_left: grid.rows,
+        };
+        (encoder, header(width, grid.rows * cell, sheet.channels))
+    }
+
+    /// The next row of cells, the missing ones black: bytes of the file from which a decoder can show it. With the last
+    /// row the file is complete, and what comes after is passed over.
+    pub fn row(&mut self, cells: &[Picture]) -> Vec<u8> {
+        let Sheet {
+            grid,
+            size,
+            channels,
+            scale,
+        } = self.sheet;
+        let mut file = Vec::new();
+        let Some(mut lines) = self.lines.take() else {
+            return file;
+        };
+        let one = Grid {
+            columns: grid.columns,
+            rows: 1,
+        };
+        let mut row = assemble(one, cells);
+        if cells.is_empty() {
+            row = Picture::black(grid.columns * size, size, channels);
+        }
+        lines.add(&enlarge(&row, scale).pixels);
+        self.rows_left -= 1;
+        if self.rows_left == 0 {
+            chunk(&mut file, b"IDAT", &lines.finish());
+            chunk(&mut file, b"IEND", &[]);
+        } else {
+            chunk(&mut file, b"IDAT", &lines.flush());
+            self.lines = Some(lines);
+        }
+        file
+    }
+}
+
+/// A sheet's whole PNG file: the bytes that [`SheetEncoder`] gives out.
+pub fn encode_sheet(sheet: Sheet, cells: &[Picture]) -> Vec<u8> {
+    let (mut encoder, mut file) = SheetEncoder::new(sheet);
+    for row in cells.chunks(sheet.grid.columns) {
+        file.extend(encoder.row(row));
+    }
+    file
 }
 
 /// Each pixel becomes a square of `scale` x `scale`.
@@ -97,6 +174,38 @@ mod tests {
     fn pixels_become_squares() {
         assert_eq!(enlarge(&filled(1), 2).pixels, [1, 1, 2, 2, 1, 1, 2, 2]);
         assert_eq!(enlarge(&filled(1), 1), filled(1));
+    }
+
+    #[test]
+    fn a_file_made_row_by_row_shows_each_row_as_soon_as_it_is_there() {
+        let sheet = Sheet {
+            grid: Grid::with_columns(2, 5),
+            size: 4,
+            channels: 1,
+            scale: 3,
+        };
+        let cells: Vec<Picture> = (1..=5)
+            .map(|i| Picture {
+                width: 4,
+                height: 4,
+                channels: 1,
+                pixels: (0..16).map(|p| p * i).collect(),
+            })
+            .collect();
+        let whole = enlarge(&assemble(sheet.grid, &cells), 3);
+        let (mut encoder, mut file) = SheetEncoder::new(sheet);
+        for (row, cells) in cells.chunks(2).enumerate() {
+            file.extend(encoder.row(cells));
+            // A decoder that has no more than this shows all lines up to here.
+            let mut reader = png::Decoder::new(std::io::Cursor::new(&file))
+                .read_info()
+                .unwrap();
+            for y in 0..(row + 1) * 12 {
+                let line = reader.next_row().unwrap().unwrap();
+                assert_eq!(line.data(), whole.row(y), "row {row}, line {y}");
+            }
+        }
+        assert_eq!(file, encode_sheet(sheet, &cells));
     }
 
     #[test]

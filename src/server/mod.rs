@@ -3,22 +3,32 @@
 //! HTTP/1.1 and HTTP/2 without TLS on one port: TLS ends at the platform's front. Whatever a client does, it
 //! gets an answer in bounded time and costs a bounded amount of memory.
 
+mod accept;
+mod body;
+mod connection;
+mod draw;
+mod limits;
+mod metrics;
+mod openapi;
+mod page;
 mod params;
 mod problem;
+mod records;
+mod request;
 mod routes;
+mod timing;
 mod trace;
 
+pub use limits::ApiKeys;
+
 use crate::engine::Engine;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto;
+use connection::Connections;
 use hyper_util::server::graceful::GracefulShutdown;
 use routes::App;
 use std::future::Future;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::net::TcpListener;
 use tokio::time::{sleep, timeout};
 
 /// Bounds of the HTTP layer.
@@ -28,11 +38,25 @@ pub struct ServerConfig {
     pub steps_max: usize,
     pub body_bytes_max: usize,
     pub connections_max: usize,
-    /// For a request's head, and again for its body.
+    /// Requests for digits that may be open at a time, those that wait for a cold model included.
+    pub requests_max: usize,
+    /// For a request's head, again for its body, and for a client to take the next bytes of its answer.
     pub header_timeout: Duration,
     pub request_timeout: Duration,
     /// How long open requests may go on after the shutdown signal.
     pub drain: Duration,
+    /// How long there may be no request before the server ends by itself.
+    pub idle_exit: Option<Duration>,
+    /// Requests a minute that one client may make.
+    pub rate_per_minute: Option<u32>,
+    /// Proxies in front that append to X-Forwarded-For.
+    pub trusted_proxies: usize,
+    /// Without any, everyone may ask.
+    pub api_keys: ApiKeys,
+    /// Origins of the web pages that may ask, or `*`.
+    pub cors_origins: Vec<String>,
+    /// As the engine has it, for the metrics.
+    pub memory_bytes_max: Option<u64>,
 }
 
 impl Default for ServerConfig {
@@ -42,9 +66,16 @@ impl Default for ServerConfig {
             steps_max: 64,
             body_bytes_max: 65_536,
             connections_max: 2048,
+            requests_max: 1024,
             header_timeout: Duration::from_secs(30),
             request_timeout: Duration::from_secs(300),
             drain: Duration::from_secs(8),
+            idle_exit: None,
+            rate_per_minute: None,
+            trusted_proxies: 0,
+            api_keys: ApiKeys::default(),
+            cors_origins: Vec::new(),
+            memory_bytes_max: None,
         }
     }
 }
@@ -66,88 +97,45 @@ pub async fn serve(
     started: Instant,
     shutdown: impl Future<Output = ()>,
 ) -> Drained {
-    let connections = Arc::new(Semaphore::new(config.connections_max));
-    let app = Arc::new(App {
-        engine,
-        config,
-        boot: started.elapsed(),
-        open: AtomicUsize::new(0),
-        draining: AtomicBool::new(false),
-    });
+    let connections = Arc::new(Connections::new(config.connections_max));
+    let app = Arc::new(App::new(engine, config, connections.clone(), started));
     let graceful = GracefulShutdown::new();
     tokio::pin!(shutdown);
+    let idle = app.activity.idle(app.config.idle_exit);
+    tokio::pin!(idle);
     loop {
         let accepted = async {
-            let permit = connections.clone().acquire_owned().await;
-            (listener.accept().await, permit)
+            let (stream, peer) = listener.accept().await?;
+            Ok::<_, std::io::Error>((stream, peer, connections.place().await))
         };
-        let ((accepted, permit), stream) = tokio::select! {
+        tokio::select! {
             () = &mut shutdown => break,
-            (accepted, permit) = accepted => match accepted {
-                Ok((stream, _)) => (((), permit), stream),
+            () = &mut idle => {
+                tracing::info!("nobody has asked for anything for a while");
+                break;
+            }
+            accepted = accepted => match accepted {
+                Ok((stream, peer, place)) => {
+                    let serve = connection::serve(stream, peer.ip(), app.clone(), place, graceful.watcher());
+                    tokio::spawn(serve);
+                }
                 Err(error) => {
-                    // Out of file descriptors, say: connections that end will free some.
+                    // Out of file descriptors, say: a connection that leaves frees one.
                     tracing::warn!(error = %error, "a connection could not be accepted");
+                    connections.send_away();
                     sleep(Duration::from_millis(50)).await;
-                    continue;
                 }
             },
-        };
-        let () = accepted;
-        let (app, watcher) = (app.clone(), graceful.watcher());
-        tokio::spawn(async move {
-            let _permit = permit;
-            connection(stream, app, watcher).await;
-        });
+        }
     }
     drop(listener);
-    app.draining.store(true, Ordering::Relaxed);
-    let open = app.open.load(Ordering::Relaxed);
+    app.begin_drain();
+    let open = app.activity.open();
     tracing::info!(requests_open = open, "shutting down");
     if timeout(app.config.drain, graceful.shutdown()).await.is_ok() {
         return Drained { requests_left: 0 };
     }
-    // Idle or silent connections do not count: nobody waits for an answer on them.
     Drained {
-        requests_left: app.open.load(Ordering::Relaxed),
-    }
-}
-
-async fn connection(
-    stream: TcpStream,
-    app: Arc<App>,
-    watcher: hyper_util::server::graceful::Watcher,
-) {
-    // A connection that says nothing holds a place only for as long as a head may take.
-    if !matches!(
-        timeout(app.config.header_timeout, stream.readable()).await,
-        Ok(Ok(()))
-    ) {
-        return;
-    }
-    let _ = stream.set_nodelay(true);
-    let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(app.config.header_timeout);
-    builder
-        .http2()
-        .timer(TokioTimer::new())
-        .keep_alive_interval(Duration::from_secs(20))
-        .keep_alive_timeout(Duration::from_secs(20))
-        .max_concurrent_streams(256)
-        .max_header_list_size(64 << 10);
-    let service = hyper::service::service_fn(move |request| {
-        let app = app.clone();
-        async move { Ok::<_, std::convert::Infallible>(App::answer(app, request).await) }
-    });
-    let connection = watcher.watch(
-        builder
-            .serve_connection(TokioIo::new(stream), service)
-            .into_owned(),
-    );
-    if let Err(error) = connection.await {
-        tracing::debug!(error = %error, "a connection ended early");
+        requests_left: app.activity.open(),
     }
 }

@@ -1,6 +1,7 @@
 //! Errors as answers (RFC 9457). Each status code is chosen here, once; the client reads what it can act on,
 //! the log reads the cause.
 
+use super::body::Body;
 use crate::api::{FieldError, Problem};
 use crate::engine::{EngineError, LoadError};
 use crate::storage::StorageError;
@@ -19,6 +20,8 @@ pub(super) struct Failure {
     retry_after: Option<Duration>,
     /// Methods that the route knows.
     allow: Option<&'static str>,
+    /// Whether a key would help.
+    challenge: bool,
 }
 
 impl Failure {
@@ -36,6 +39,7 @@ impl Failure {
             errors: Vec::new(),
             retry_after: None,
             allow: None,
+            challenge: false,
         }
     }
 
@@ -85,13 +89,65 @@ impl Failure {
         }
     }
 
-    pub(super) fn not_acceptable() -> Self {
+    pub(super) fn not_acceptable(there_are: &[&str]) -> Self {
         Self::new(
             StatusCode::NOT_ACCEPTABLE,
             "not-acceptable",
             "No form of the answer is acceptable",
-            "Accept: this route answers with image/png",
+            format!("Accept: there are {}", there_are.join(", ")),
         )
+    }
+
+    pub(super) fn unauthorized() -> Self {
+        Self {
+            challenge: true,
+            ..Self::new(
+                StatusCode::UNAUTHORIZED,
+                "unauthorized",
+                "A key is needed",
+                "send one of the service's keys, as `Authorization: Bearer KEY` or `X-API-Key: KEY`",
+            )
+        }
+    }
+
+    pub(super) fn rate_limited(per_minute: u32, after: Duration) -> Self {
+        Self {
+            retry_after: Some(after),
+            ..Self::new(
+                StatusCode::TOO_MANY_REQUESTS,
+                "rate-limited",
+                "Too many requests",
+                format!("at most {per_minute} requests a minute are answered for each client"),
+            )
+        }
+    }
+
+    pub(super) fn busy(requests_max: usize, after: Duration) -> Self {
+        Self {
+            retry_after: Some(after),
+            ..Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "busy",
+                "Too many requests are waiting",
+                format!("{requests_max} requests for digits are open, which is all there may be"),
+            )
+        }
+    }
+
+    /// The client did not want to wait any longer.
+    pub(super) fn preferred_wait(waited: Duration, after: Duration) -> Self {
+        Self {
+            retry_after: Some(after),
+            ..Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "wait-over",
+                "The answer is not there yet",
+                format!(
+                    "no answer within the {} s of Prefer: wait; the model is still being loaded, or others are before",
+                    waited.as_secs()
+                ),
+            )
+        }
     }
 
     pub(super) fn media_type() -> Self {
@@ -162,18 +218,34 @@ impl Failure {
         )
     }
 
-    /// The answer.
-    pub(super) fn into_response(self, request_id: &str) -> Response<super::routes::Body> {
-        let problem = Problem {
+    /// As a stream's last record says it.
+    pub(super) fn problem(&self, request_id: &str) -> Problem {
+        Problem {
             kind: format!("urn:image-generator:problem:{}", self.kind),
             title: self.title.to_owned(),
             status: self.status.as_u16(),
-            detail: self.detail,
+            detail: self.detail.clone(),
             request_id: request_id.to_owned(),
-            errors: self.errors,
-        };
+            errors: self.errors.clone(),
+        }
+    }
+
+    /// What was refused, as metrics name it; none for what was answered with an error of the server's own.
+    pub(super) fn kind(&self) -> &'static str {
+        self.kind
+    }
+
+    pub(super) fn retry_after_secs(&self) -> Option<u64> {
+        // A client that comes back at once is no help to anyone.
+        self.retry_after
+            .map(|after| (after.as_secs_f64().ceil() as u64).max(1))
+    }
+
+    /// The answer.
+    pub(super) fn into_response(self, request_id: &str) -> Response<Body> {
+        let problem = self.problem(request_id);
         let body = serde_json::to_vec_pretty(&problem).unwrap_or_default();
-        let mut response = Response::new(super::routes::Body::from(body));
+        let mut response = Response::new(Body::from(body));
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
         headers.insert(
@@ -181,10 +253,13 @@ impl Failure {
             HeaderValue::from_static("application/problem+json"),
         );
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-        if let Some(after) = self.retry_after {
+        if let Some(secs) = self.retry_after_secs() {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(secs));
+        }
+        if self.challenge {
             headers.insert(
-                header::RETRY_AFTER,
-                HeaderValue::from(after.as_secs_f64().ceil() as u64),
+                header::WWW_AUTHENTICATE,
+                HeaderValue::from_static("Bearer realm=\"image-generator\""),
             );
         }
         if let Some(allow) = self.allow {

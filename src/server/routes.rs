@@ -1,132 +1,277 @@
 //! From a request to its answer.
 
 use super::ServerConfig;
-use super::params::{self, Draw};
+use super::body::Body;
+use super::connection::{Connection, Connections};
+use super::draw::Asked;
+use super::limits::{self, Allowance, CorsRequest, RateLimit};
+use super::metrics::{self, Metrics};
+use super::page;
+use super::params;
 use super::problem::Failure;
+use super::request::{About, Activity, OpenRequest};
+use super::timing::Timing;
 use super::trace;
 use crate::api::{Health, ModelEntry, Models, ReadyModel, headers};
-use crate::engine::{Digit, Engine, ModelState, ModelStatus, Plan};
-use crate::image::{Picture, assemble, encode, enlarge};
-use crate::storage::hex;
+use crate::engine::{Engine, Memory, ModelState, ModelStatus};
 use bytes::Bytes;
 use futures_util::FutureExt as _;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
-use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
-use hyper::body::Incoming;
-use sha2::{Digest as _, Sha256};
-use std::fmt::Write as _;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use http_body_util::{BodyExt as _, LengthLimitError, Limited};
+use hyper::body::{Body as _, Incoming};
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
+use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 use tracing::Instrument as _;
 
-pub(super) type Body = Full<Bytes>;
-
-/// How long a seeded answer may be reused without asking: the weights behind a name may be replaced.
-const CACHE_SEEDED: &str = "public, max-age=300";
+/// Of the memory limit: from the first on a warning is due, below the second the next one may be.
+const MEMORY_WARN_PERCENT: u64 = 90;
+const MEMORY_CALM_PERCENT: u64 = 85;
 
 /// What every request needs.
 pub(super) struct App {
     pub(super) engine: Engine,
     pub(super) config: ServerConfig,
+    pub(super) started: Instant,
     /// From the process's start to the open port.
     pub(super) boot: Duration,
-    pub(super) open: AtomicUsize,
-    pub(super) draining: AtomicBool,
+    pub(super) connections: Arc<Connections>,
+    pub(super) activity: Activity,
+    pub(super) metrics: Metrics,
+    /// Requests for digits that may be open at a time.
+    pub(super) requests: Arc<Semaphore>,
+    /// Whether the drain has begun.
+    pub(super) drain: watch::Sender<bool>,
+    /// Whether a load is kept going for clients that were told to come back.
+    pub(super) lingering: AtomicBool,
+    rate: Option<RateLimit>,
+    memory: OnceLock<Option<Memory>>,
+    memory_checked_ms: AtomicU64,
+    memory_near: AtomicBool,
 }
 
-/// Counts a request as open until its answer is made or its client leaves.
-struct OpenRequest(Arc<App>);
+/// What there is at a path.
+enum Route {
+    Digit(String),
+    Generate,
+    Models,
+    Health(Probe),
+    Metrics,
+    OpenApi,
+    Page(page::File),
+    None,
+}
 
-impl OpenRequest {
-    fn new(app: &Arc<App>) -> Self {
-        app.open.fetch_add(1, Ordering::Relaxed);
-        Self(app.clone())
+#[derive(Clone, Copy)]
+enum Probe {
+    Live,
+    Ready,
+}
+
+impl Route {
+    fn of(path: &str) -> Self {
+        let label = path.strip_prefix("/v1/digits/");
+        if let Some(label) = label.filter(|l| !l.contains('/')) {
+            return Self::Digit(percent_decoded(label));
+        }
+        match path {
+            "/v1/generate" => Self::Generate,
+            "/v1/models" => Self::Models,
+            "/health/live" | "/health/startup" | "/health" => Self::Health(Probe::Live),
+            "/health/ready" => Self::Health(Probe::Ready),
+            "/metrics" => Self::Metrics,
+            "/openapi.json" => Self::OpenApi,
+            _ => page::file(path).map_or(Self::None, Self::Page),
+        }
     }
-}
 
-impl Drop for OpenRequest {
-    fn drop(&mut self) {
-        self.0.open.fetch_sub(1, Ordering::Relaxed);
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Digit(_) => "digit",
+            Self::Generate => "generate",
+            Self::Models => "models",
+            Self::Health(_) => "health",
+            Self::Metrics => "metrics",
+            Self::OpenApi => "openapi",
+            Self::Page(_) => "page",
+            Self::None => "none",
+        }
+    }
+
+    fn allow(&self) -> &'static str {
+        match self {
+            Self::Generate => "POST, OPTIONS",
+            _ => "GET, HEAD, OPTIONS",
+        }
+    }
+
+    /// Whether it is for those only who have a key.
+    fn is_guarded(&self) -> bool {
+        matches!(
+            self,
+            Self::Digit(_) | Self::Generate | Self::Models | Self::Metrics
+        )
+    }
+
+    /// Whether asking often costs the service anything.
+    fn is_limited(&self) -> bool {
+        matches!(self, Self::Digit(_) | Self::Generate | Self::Models)
     }
 }
 
 impl App {
+    pub(super) fn new(
+        engine: Engine,
+        config: ServerConfig,
+        connections: Arc<Connections>,
+        started: Instant,
+    ) -> Self {
+        Self {
+            engine,
+            started,
+            boot: started.elapsed(),
+            connections,
+            activity: Activity::new(Instant::now()),
+            metrics: Metrics::default(),
+            requests: Arc::new(Semaphore::new(config.requests_max)),
+            drain: watch::Sender::new(false),
+            lingering: AtomicBool::new(false),
+            rate: config.rate_per_minute.map(RateLimit::new),
+            memory: OnceLock::new(),
+            memory_checked_ms: AtomicU64::new(0),
+            memory_near: AtomicBool::new(false),
+            config,
+        }
+    }
+
+    pub(super) fn begin_drain(&self) {
+        self.drain.send_replace(true);
+    }
+
     /// Answers every request, whatever happens.
-    pub(super) async fn answer(app: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
-        let _open = OpenRequest::new(&app);
-        let started = Instant::now();
+    pub(super) async fn answer(
+        app: Arc<Self>,
+        connection: Arc<Connection>,
+        peer: IpAddr,
+        request: Request<Incoming>,
+    ) -> Response<Body> {
         let id = trace::request_id(request.headers());
         let span = tracing::info_span!("request", request_id = id, trace = tracing::field::Empty);
         if let Some(trace) = trace::trace_id(request.headers()) {
             span.record("trace", trace);
         }
-        let method = request.method().clone();
-        let path = request.uri().path().to_owned();
+        let route = Route::of(request.uri().path());
+        let client = limits::client(peer, app.config.trusted_proxies, request.headers());
+        let about = About {
+            span: span.clone(),
+            method: method_name(request.method()),
+            path: request.uri().path().to_owned(),
+            route: route.name(),
+            client,
+        };
+        let cors = CorsRequest::of(request.method(), request.headers());
+        let allow = route.allow();
+        let mut open = OpenRequest::new(&app, &connection, about);
+        let allowance = match &app.rate {
+            Some(rate) if route.is_limited() && request.method() != Method::OPTIONS => {
+                Some(rate.take(client, Instant::now()))
+            }
+            _ => None,
+        };
+        let work = app.route(route, request, &id, allowance, open.started());
         let work =
-            std::panic::AssertUnwindSafe(timeout(app.config.request_timeout, app.route(request)))
-                .catch_unwind()
-                .instrument(span.clone());
-        let result = match work.await {
+            std::panic::AssertUnwindSafe(timeout(app.config.request_timeout, work)).catch_unwind();
+        let result = match work.instrument(span).await {
             Ok(Ok(result)) => result,
             Ok(Err(_)) => Err(Failure::request_timeout(app.config.request_timeout)),
             Err(_) => Err(Failure::panicked()),
         };
-        let mut response = result.unwrap_or_else(|failure| failure.into_response(&id));
-        finish(response.headers_mut(), &id);
-        let status = response.status().as_u16();
-        let _in_span = span.enter();
-        let duration_ms = (started.elapsed().as_secs_f64() * 100_000.0).round() / 100.0;
-        // Probes come every few seconds and say nothing new.
-        if status < 400 && path.starts_with("/health") {
-            tracing::debug!(%method, path, status, duration_ms, "request");
-        } else {
-            tracing::info!(%method, path, status, duration_ms, "request");
+        let mut response = result.unwrap_or_else(|failure| {
+            app.metrics.failed(failure.kind());
+            failure.into_response(&id)
+        });
+        let headers = response.headers_mut();
+        finish(headers, &id);
+        if let Some(allowance) = allowance {
+            allowance.describe(headers);
         }
+        limits::cors(&app.config, &cors, Some(allow), headers);
+        if !headers.contains_key("server-timing") {
+            let mut timing = Timing::new(app.boot);
+            timing.set("total", open.started().elapsed());
+            headers.insert("server-timing", timing.header());
+        }
+        open.answered(response.status().as_u16(), response.body().is_end_stream());
+        response.body_mut().keep(open);
         response
     }
 
-    async fn route(&self, request: Request<Incoming>) -> Result<Response<Body>, Failure> {
-        let path = request.uri().path();
-        if let Some(label) = path
-            .strip_prefix("/v1/digits/")
-            .filter(|l| !l.contains('/'))
-        {
-            get_only(&request)?;
-            let label = percent_decoded(label);
-            let draw = params::one(&label, request.uri().query(), &self.config)?;
-            return self.draw(draw, request.headers()).await;
+    async fn route(
+        self: &Arc<Self>,
+        route: Route,
+        request: Request<Incoming>,
+        id: &str,
+        allowance: Option<Allowance>,
+        started: Instant,
+    ) -> Result<Response<Body>, Failure> {
+        if request.method() == Method::OPTIONS {
+            return Ok(options(route.allow()));
         }
-        match path {
-            "/v1/generate" => {
-                if request.method() != Method::POST {
-                    return Err(Failure::method("POST"));
-                }
-                let headers = request.headers().clone();
-                if !is_json(&headers) {
+        if matches!(route, Route::None) {
+            return Err(Failure::not_found(request.uri().path()));
+        }
+        let method = match route {
+            Route::Generate => [Method::POST, Method::POST],
+            _ => [Method::GET, Method::HEAD],
+        };
+        if !method.contains(request.method()) {
+            return Err(Failure::method(route.allow()));
+        }
+        if route.is_guarded() {
+            limits::authorize(&self.config.api_keys, request.headers())?;
+        }
+        allowance.map_or(Ok(()), Allowance::check)?;
+        let (parts, body) = request.into_parts();
+        let asked = |draw| Asked {
+            draw,
+            head_only: parts.method == Method::HEAD,
+            request_id: id.to_owned(),
+            started,
+            headers: parts.headers.clone(),
+        };
+        match route {
+            Route::Digit(label) => {
+                let draw = params::one(&label, parts.uri.query(), &self.config)?;
+                self.draw(asked(draw)).await
+            }
+            Route::Generate => {
+                if !is_json(&parts.headers) {
                     return Err(Failure::media_type());
                 }
-                let body = self.body(request.into_body()).await?;
-                self.draw(params::many(&body, &self.config)?, &headers)
-                    .await
+                let body = self.body(body).await?;
+                self.draw(asked(params::many(&body, &self.config)?)).await
             }
-            "/v1/models" => {
-                get_only(&request)?;
-                Ok(json(StatusCode::OK, &self.models().await))
-            }
-            "/health/live" | "/health/startup" | "/health" => {
-                get_only(&request).map(|()| json(StatusCode::OK, &self.health("ok")))
-            }
-            "/health/ready" => {
-                get_only(&request).map(|()| match self.draining.load(Ordering::Relaxed) {
-                    // Cold counts as ready: the request that this lets through is what warms it.
-                    false => json(StatusCode::OK, &self.health("ready")),
-                    true => json(StatusCode::SERVICE_UNAVAILABLE, &self.health("draining")),
-                })
-            }
-            "/" => get_only(&request).map(|()| index()),
-            _ => Err(Failure::not_found(path)),
+            Route::Models => Ok(json(StatusCode::OK, &self.models().await)),
+            Route::Health(probe) => Ok(self.probe(probe)),
+            Route::Metrics => Ok(text(metrics::CONTENT_TYPE, self.metrics_text())),
+            Route::OpenApi => Ok(text(
+                "application/json",
+                super::openapi::document(&self.config),
+            )),
+            Route::Page(file) => Ok(file.answer(&parts.headers)),
+            Route::None => Err(Failure::not_found(parts.uri.path())),
+        }
+    }
+
+    fn probe(&self, probe: Probe) -> Response<Body> {
+        match (probe, *self.drain.borrow()) {
+            (Probe::Live, _) => json(StatusCode::OK, &self.health("ok")),
+            // Cold counts as ready: the request that this lets through is what warms it.
+            (Probe::Ready, false) => json(StatusCode::OK, &self.health("ready")),
+            (Probe::Ready, true) => json(StatusCode::SERVICE_UNAVAILABLE, &self.health("draining")),
         }
     }
 
@@ -144,59 +289,6 @@ impl App {
             Ok(Err(_)) => Err(Failure::body_broken()),
             Err(_) => Err(Failure::body_timeout()),
         }
-    }
-
-    async fn draw(&self, draw: Draw, request: &HeaderMap) -> Result<Response<Body>, Failure> {
-        if !accepts_png(request) {
-            return Err(Failure::not_acceptable());
-        }
-        let seed = draw.request.seed;
-        let plan = self.engine.prepare(draw.request.clone()).await?;
-        let architecture = &plan.info().header.architecture;
-        let (size, channels) = (architecture.image_size, architecture.channels);
-        draw.check_pixels(size)?;
-        let mut answer = HeaderMap::new();
-        describe(&mut answer, &plan, &draw, seed);
-        if draw.seeded && matches_etag(request, &answer) {
-            let mut response = Response::new(Body::default());
-            *response.status_mut() = StatusCode::NOT_MODIFIED;
-            *response.headers_mut() = answer;
-            return Ok(response);
-        }
-        let mut timing = Timing::new(self.boot, &plan);
-        let count = plan.specs.len();
-        let mut drawing = plan.start()?;
-        let mut cells: Vec<Option<Picture>> = vec![None; count];
-        while let Some(digit) = drawing.next().await {
-            let digit = digit?;
-            timing.digit(&digit);
-            cells[digit.index] = Some(Picture {
-                width: size,
-                height: size,
-                channels,
-                pixels: digit.pixels,
-            });
-        }
-        let started = Instant::now();
-        let (grid, scale) = (draw.grid, draw.scale);
-        let make = move || {
-            let cells: Vec<Picture> = cells.into_iter().flatten().collect();
-            encode(&enlarge(&assemble(grid, &cells), scale))
-        };
-        // A digit is encoded in microseconds; a sheet is work for another thread.
-        let png = if count * scale * scale <= 16 {
-            make()
-        } else {
-            tokio::task::spawn_blocking(make)
-                .await
-                .map_err(|_| Failure::panicked())?
-        };
-        timing.encode = started.elapsed();
-        answer.insert("server-timing", timing.header());
-        answer.insert(header::CONTENT_TYPE, HeaderValue::from_static("image/png"));
-        let mut response = Response::new(Body::from(png));
-        *response.headers_mut() = answer;
-        Ok(response)
     }
 
     fn health(&self, status: &str) -> Health {
@@ -219,6 +311,45 @@ impl App {
         Models {
             models: self.engine.models().await.into_iter().map(entry).collect(),
         }
+    }
+
+    pub(super) fn memory_limit(&self) -> Option<Memory> {
+        *self
+            .memory
+            .get_or_init(|| Memory::limit(self.config.memory_bytes_max))
+    }
+
+    /// Whether the process is near its memory limit. Warns when it comes there; looks at most once a second.
+    pub(super) fn check_memory(&self) -> bool {
+        let now = self.started.elapsed().as_millis() as u64;
+        let before = self.memory_checked_ms.load(Ordering::Relaxed);
+        let lately = now < before + 1000;
+        let mine = !lately
+            && self
+                .memory_checked_ms
+                .compare_exchange(before, now, Ordering::Relaxed, Ordering::Relaxed)
+                .is_ok();
+        let was_near = self.memory_near.load(Ordering::Relaxed);
+        let Some(limit) = self.memory_limit().filter(|_| mine) else {
+            return was_near;
+        };
+        let resident = Memory::resident_bytes();
+        let percent = resident.saturating_mul(100) / limit.limit_bytes.max(1);
+        let from = match was_near {
+            true => MEMORY_CALM_PERCENT,
+            false => MEMORY_WARN_PERCENT,
+        };
+        let near = percent >= from;
+        self.memory_near.store(near, Ordering::Relaxed);
+        if near && !was_near {
+            tracing::warn!(
+                resident_mb = resident >> 20,
+                limit_mb = limit.limit_bytes >> 20,
+                limit_from = limit.limit_from,
+                "memory is near its limit"
+            );
+        }
+        near
     }
 }
 
@@ -247,7 +378,7 @@ fn entry(model: ModelStatus) -> ModelEntry {
     }
 }
 
-fn state_name(state: ModelState) -> &'static str {
+pub(super) fn state_name(state: ModelState) -> &'static str {
     match state {
         ModelState::Cold => "cold",
         ModelState::Loading => "loading",
@@ -255,10 +386,17 @@ fn state_name(state: ModelState) -> &'static str {
     }
 }
 
-fn get_only(request: &Request<Incoming>) -> Result<(), Failure> {
-    match *request.method() {
-        Method::GET | Method::HEAD => Ok(()),
-        _ => Err(Failure::method("GET, HEAD")),
+/// The methods that there are; whatever else a client makes up is no name in the metrics.
+fn method_name(method: &Method) -> &'static str {
+    match method.as_str() {
+        "GET" => "GET",
+        "HEAD" => "HEAD",
+        "POST" => "POST",
+        "OPTIONS" => "OPTIONS",
+        "PUT" => "PUT",
+        "PATCH" => "PATCH",
+        "DELETE" => "DELETE",
+        _ => "other",
     }
 }
 
@@ -285,206 +423,52 @@ fn is_json(headers: &HeaderMap) -> bool {
     kind == "application/json" || (kind.starts_with("application/") && kind.ends_with("+json"))
 }
 
-/// Whether `Accept` leaves room for image/png (RFC 9110, section 12.5.1: the most specific range counts).
-fn accepts_png(headers: &HeaderMap) -> bool {
-    let mut best: Option<(u8, f32)> = None;
-    for value in headers.get_all(header::ACCEPT) {
-        for range in value.to_str().unwrap_or_default().split(',') {
-            let mut parts = range.split(';').map(str::trim);
-            let specific = match parts
-                .next()
-                .unwrap_or_default()
-                .to_ascii_lowercase()
-                .as_str()
-            {
-                "image/png" => 3,
-                "image/*" => 2,
-                "*/*" => 1,
-                _ => continue,
-            };
-            let quality = parts
-                .find_map(|p| p.strip_prefix("q=")?.parse().ok())
-                .unwrap_or(1.0);
-            if best.is_none_or(|(s, _)| specific > s) {
-                best = Some((specific, quality));
-            }
-        }
-    }
-    match best {
-        Some((_, quality)) => quality > 0.0,
-        None => !headers.contains_key(header::ACCEPT),
-    }
-}
-
-/// Headers that name what is drawn, so that it can be drawn again.
-fn describe(headers: &mut HeaderMap, plan: &Plan, draw: &Draw, seed: u64) {
-    let info = plan.info();
-    headers.insert(headers::SEED, HeaderValue::from(seed));
-    headers.insert(
-        headers::MODEL,
-        HeaderValue::try_from(&info.name).unwrap_or(HeaderValue::from_static("unnamed")),
-    );
-    headers.insert(
-        headers::MODEL_VERSION,
-        HeaderValue::try_from(&info.version).unwrap_or(HeaderValue::from_static("unknown")),
-    );
-    let mut hash = Sha256::new();
-    hash.update(format!(
-        "{} {} {:?} {}",
-        info.version, info.device, draw.grid, draw.scale
-    ));
-    for spec in &plan.specs {
-        hash.update(format!(
-            " {} {} {} {}",
-            spec.label,
-            spec.seed,
-            spec.steps,
-            spec.guidance.to_bits()
-        ));
-    }
-    let etag = format!("\"{}\"", hex(&hash.finalize()[..16]));
-    headers.insert(
-        header::ETAG,
-        HeaderValue::try_from(etag).expect("hexadecimal digits in quotes"),
-    );
-    let cache = if draw.seeded {
-        CACHE_SEEDED
-    } else {
-        "no-store"
-    };
-    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static(cache));
-}
-
-fn matches_etag(request: &HeaderMap, answer: &HeaderMap) -> bool {
-    let Some(etag) = answer.get(header::ETAG).and_then(|v| v.to_str().ok()) else {
-        return false;
-    };
-    let given = request
-        .get_all(header::IF_NONE_MATCH)
-        .into_iter()
-        .filter_map(|v| v.to_str().ok());
-    given
-        .flat_map(|v| v.split(','))
-        .map(|t| t.trim().trim_start_matches("W/"))
-        .any(|t| t == etag || t == "*")
-}
-
-/// Where the time went (the Server-Timing header), in milliseconds.
-struct Timing {
-    boot: Duration,
-    load_wait: Duration,
-    fetch: Duration,
-    build: Duration,
-    queue: Duration,
-    steps: Duration,
-    encode: Duration,
-}
-
-impl Timing {
-    fn new(boot: Duration, plan: &Plan) -> Self {
-        let load = plan.load_times();
-        let none = Duration::ZERO;
-        Self {
-            boot,
-            load_wait: plan.load_wait,
-            fetch: load.fetch,
-            build: load.build,
-            queue: none,
-            steps: none,
-            encode: none,
-        }
-    }
-
-    /// Digits of one request overlap; the longest of each counts.
-    fn digit(&mut self, digit: &Digit) {
-        self.queue = self.queue.max(digit.queued);
-        self.steps = self.steps.max(digit.drawn);
-    }
-
-    fn header(&self) -> HeaderValue {
-        let mut text = String::new();
-        let mut entry = |name: &str, duration: Duration| {
-            let comma = if text.is_empty() { "" } else { ", " };
-            let _ = write!(
-                text,
-                "{comma}{name};dur={:.2}",
-                duration.as_secs_f64() * 1000.0
-            );
-        };
-        entry("boot", self.boot);
-        entry("load", self.load_wait);
-        // What the load was made of concerns only the requests that waited for it.
-        if self.load_wait > Duration::from_millis(1) {
-            entry("fetch", self.fetch);
-            entry("build", self.build);
-        }
-        entry("queue", self.queue);
-        entry("steps", self.steps);
-        entry("encode", self.encode);
-        HeaderValue::try_from(text).expect("names and numbers")
-    }
-}
-
 fn json(status: StatusCode, body: &impl serde::Serialize) -> Response<Body> {
-    let mut response = Response::new(Body::from(
-        serde_json::to_vec_pretty(body).unwrap_or_default(),
-    ));
+    let body = serde_json::to_string_pretty(body).unwrap_or_default();
+    let mut response = text("application/json", body);
     *response.status_mut() = status;
-    response.headers_mut().insert(
-        header::CONTENT_TYPE,
-        HeaderValue::from_static("application/json"),
-    );
-    response
-        .headers_mut()
-        .insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     response
 }
 
-fn index() -> Response<Body> {
-    const TEXT: &str = "image-generator draws handwritten digits.\n\n\
-        GET  /v1/digits/{label}   one digit as PNG; query: seed, steps, guidance, scale, model\n\
-        POST /v1/generate         a sheet as PNG; JSON: digits, count, seed, steps, guidance, scale, layout, model\n\
-        GET  /v1/models           what is served and what it is doing\n\
-        GET  /health/live, /health/ready, /health/startup\n";
-    let mut response = Response::new(Body::from(TEXT));
-    response.headers_mut().insert(
-        header::CONTENT_TYPE,
-        HeaderValue::from_static("text/plain; charset=utf-8"),
-    );
+fn text(kind: &'static str, body: impl Into<Bytes>) -> Response<Body> {
+    let mut response = Response::new(Body::from(body));
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     response
 }
 
+fn options(allow: &'static str) -> Response<Body> {
+    let mut response = Response::new(Body::default());
+    *response.status_mut() = StatusCode::NO_CONTENT;
+    let headers = response.headers_mut();
+    headers.insert(header::ALLOW, HeaderValue::from_static(allow));
+    response
+}
+
+/// What every answer says.
 fn finish(headers: &mut HeaderMap, id: &str) {
     if let Ok(id) = HeaderValue::try_from(id) {
         headers.insert(headers::REQUEST_ID, id);
     }
-    headers.insert(
-        header::X_CONTENT_TYPE_OPTIONS,
-        HeaderValue::from_static("nosniff"),
-    );
+    for (name, value) in [
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::X_FRAME_OPTIONS, "DENY"),
+        (header::REFERRER_POLICY, "no-referrer"),
+    ] {
+        headers.insert(name, HeaderValue::from_static(value));
+    }
+    // The page has one of its own.
+    headers
+        .entry(header::CONTENT_SECURITY_POLICY)
+        .or_insert(HeaderValue::from_static(
+            "default-src 'none'; frame-ancestors 'none'",
+        ));
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn accept_is_read_by_the_most_specific_range() {
-        for (accept, wanted) in [
-            ("*/*", true),
-            ("image/png", true),
-            ("image/*;q=0.5, text/html", true),
-            ("text/html", false),
-            ("image/png;q=0, */*", false),
-            ("image/avif,image/webp,*/*;q=0.8", true),
-            ("", false),
-        ] {
-            let mut headers = HeaderMap::new();
-            headers.insert(header::ACCEPT, accept.parse().unwrap());
-            assert_eq!(accepts_png(&headers), wanted, "{accept}");
-        }
-        assert!(accepts_png(&HeaderMap::new()));
-    }
 
     #[test]
     fn labels_in_paths_are_decoded() {

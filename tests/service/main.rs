@@ -6,6 +6,7 @@ mod cache;
 mod catalogue;
 mod cold;
 mod faults;
+mod forms;
 mod http_api;
 mod parity;
 mod remote;
