@@ -20,8 +20,6 @@ import yaml
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 
-# Of the service in a later commit than this.
-PLANNED = {"IDLE_EXIT_SECS"}
 # Read by the stores, not by config.rs.
 CREDENTIALS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_ENDPOINT_URL", "HF_TOKEN", "HF_ENDPOINT"}
 PLACEHOLDERS = {
@@ -63,7 +61,7 @@ class Environment:
     def problems(self, port: int | None, grace_secs: float, request_secs: float | None = None) -> list[str]:
         known, found = variables(), []
         for name in self.values:
-            if name not in known and name not in CREDENTIALS | PLANNED:
+            if name not in known and name not in CREDENTIALS:
                 found.append(f"{name} is no variable of the service")
         if port is not None and self.seconds("PORT", known) != port:
             found.append(f"the platform asks at port {port}, the service listens on {self.values.get('PORT', known['PORT'])}")
