@@ -165,7 +165,8 @@ impl App {
         };
         let seed = asked.draw.request.seed;
         let (sender, body) = Body::stream(self.config.header_timeout);
-        if !asked.head_only {
+        let head_only = asked.head_only;
+        if !head_only {
             let app = self.clone();
             let records = Records::new(form, sender, boundary);
             let work = async move {
@@ -174,7 +175,10 @@ impl App {
             };
             tokio::spawn(work.in_current_span());
         }
-        let mut response = Response::new(body);
+        let mut response = Response::new(match head_only {
+            true => Body::default(),
+            false => body,
+        });
         let headers = response.headers_mut();
         if let Ok(value) = HeaderValue::try_from(media_type) {
             headers.insert(header::CONTENT_TYPE, value);

@@ -22,6 +22,8 @@ pub(super) struct Failure {
     allow: Option<&'static str>,
     /// Whether a key would help.
     challenge: bool,
+    /// The preference that was kept to (RFC 7240).
+    wait_secs: Option<u64>,
 }
 
 impl Failure {
@@ -40,6 +42,7 @@ impl Failure {
             retry_after: None,
             allow: None,
             challenge: false,
+            wait_secs: None,
         }
     }
 
@@ -138,6 +141,7 @@ impl Failure {
     pub(super) fn preferred_wait(waited: Duration, after: Duration) -> Self {
         Self {
             retry_after: Some(after),
+            wait_secs: Some(waited.as_secs()),
             ..Self::new(
                 StatusCode::SERVICE_UNAVAILABLE,
                 "wait-over",
@@ -255,6 +259,11 @@ impl Failure {
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
         if let Some(secs) = self.retry_after_secs() {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(secs));
+        }
+        if let Some(secs) = self.wait_secs
+            && let Ok(value) = HeaderValue::try_from(format!("wait={secs}"))
+        {
+            headers.insert("preference-applied", value);
         }
         if self.challenge {
             headers.insert(

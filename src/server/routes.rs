@@ -257,10 +257,7 @@ impl App {
             Route::Models => Ok(json(StatusCode::OK, &self.models().await)),
             Route::Health(probe) => Ok(self.probe(probe)),
             Route::Metrics => Ok(text(metrics::CONTENT_TYPE, self.metrics_text())),
-            Route::OpenApi => Ok(text(
-                "application/json",
-                super::openapi::document(&self.config),
-            )),
+            Route::OpenApi => Ok(text("application/json", self.openapi())),
             Route::Page(file) => Ok(file.answer(&parts.headers)),
             Route::None => Err(Failure::not_found(parts.uri.path())),
         }

@@ -137,6 +137,7 @@ async function problem(response) {
 function lay({ request_id, digits, columns }) {
   const sheet = $("sheet");
   sheet.dataset.for = request_id;
+  sheet.classList.remove("stale");
   sheet.style.setProperty("--columns", columns);
   sheet.style.setProperty("--width", `${Math.min(columns * 10, 56)}rem`);
   sheet.setAttribute("aria-busy", "true");
@@ -179,7 +180,7 @@ function loading({ model, bytes_arrived, bytes_total, seconds_left }) {
   const percent = bytes_total > 0 ? Math.floor((100 * bytes_arrived) / bytes_total) : 0;
   const size = bytes_total > 0 ? `${megabytes(bytes_arrived)} of ${megabytes(bytes_total)} MB` : "looking for the weights";
   const left = seconds_left === undefined ? "" : `, ${seconds_left} s left`;
-  $("loading-text").textContent = `The container was asleep. It is fetching its model: ${size}${left}`;
+  $("loading-text").textContent = `The container was asleep and is fetching its model: ${size}${left}`;
   state("loading", `${model} is being loaded`);
   say(percent ? `Waking up: ${percent} %` : "Waking up …");
 }
@@ -226,6 +227,7 @@ function fail(problem, retryAfter) {
   if (problem.request_id) id.textContent = ` (request ${problem.request_id})`;
   box.replaceChildren(title, detail, id);
   box.hidden = false;
+  $("sheet").classList.add("stale");
   if (!$("sheet").querySelector("[data-label]")) $("sheet").replaceChildren();
   say("");
 }
@@ -269,9 +271,9 @@ function code() {
   const inShell = json.replaceAll("'", "'\\''");
   const pretty = JSON.stringify(body, null, 4);
   const texts = {
-    curl: `curl -o digits.png '${url}' \\\n  --json '${inShell}' -H 'accept: image/png'`,
-    python: `import requests\n\nanswer = requests.post("${url}", json=${pretty}, headers={"accept": "image/png"})\nanswer.raise_for_status()\nopen("digits.png", "wb").write(answer.content)`,
-    javascript: `const answer = await fetch("${url}", {\n  method: "POST",\n  headers: { "content-type": "application/json", accept: "image/png" },\n  body: JSON.stringify(${json}),\n});\nif (!answer.ok) throw new Error((await answer.json()).detail);\nconst png = await answer.blob();`,
+    curl: `curl -o digits.png '${url}' \\\n  -H 'accept: image/png' \\\n  --json '${inShell}'`,
+    python: `import requests\n\nanswer = requests.post("${url}", json=${pretty}, timeout=300)\nanswer.raise_for_status()\nopen("digits.png", "wb").write(answer.content)`,
+    javascript: `const answer = await fetch("${url}", {\n  method: "POST",\n  headers: { "content-type": "application/json", accept: "image/png" },\n  body: JSON.stringify(${pretty.replaceAll("\n", "\n  ").replaceAll("    ", "  ")}),\n});\nif (!answer.ok) throw new Error((await answer.json()).detail);\nconst png = await answer.blob();`,
   };
   $("code").textContent = texts[tab];
 }

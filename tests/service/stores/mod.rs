@@ -164,7 +164,7 @@ fn use_ring() {
 }
 
 /// Where scripts/test-tools installs the stores.
-fn tools() -> PathBuf {
+pub fn tools() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("target/test-tools")
 }
 
