@@ -114,14 +114,32 @@ class Connection:
         if lines[0].split()[1] != "200":
             raise SystemExit(f"{path} was answered {lines[0]}: {received[:300]!r}")
         headers = dict(line.split(": ", 1) for line in lines[1:])
-        length = int(headers["content-length"])
-        while len(received) < length:
-            received += self.receive()
-        self.rest = received[length:]
+        if headers.get("transfer-encoding") == "chunked":
+            received, length = self.chunks(received)
+        else:
+            length = int(headers["content-length"])
+            while len(received) < length:
+                received += self.receive()
+            self.rest = received[length:]
         if headers.get("connection") == "close":
             self.close()
             self.socket, self.rest = self.process.connect(), b""
         return received[:length]
+
+    def chunks(self, received: bytes) -> tuple[bytes, int]:
+        """A body that comes in chunks, and its length."""
+        body = b""
+        while True:
+            while b"\r\n" not in received:
+                received += self.receive()
+            line, received = received.split(b"\r\n", 1)
+            size = int(line.split(b";")[0], 16)
+            while len(received) < size + 2:
+                received += self.receive()
+            body, received = body + received[:size], received[size + 2 :]
+            if size == 0:
+                self.rest = received
+                return body, len(body)
 
     def png(self, path: str, body: bytes | None = None) -> bytes:
         answer = self.request(path, body)
