@@ -1,4 +1,4 @@
-//! The command line: serve, draw, inspect, fetch, pack.
+//! The command line: serve, draw, inspect, fetch, pack, health.
 
 use crate::api::{Digits, GenerateRequest, Layout, Record};
 use crate::client::{Auth, Client, ClientConfig};
@@ -14,7 +14,8 @@ use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use sha2::Digest as _;
 use std::error::Error;
-use std::io::{IsTerminal as _, Write as _};
+use std::io::{BufRead as _, BufReader, IsTerminal as _, Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -59,6 +60,8 @@ enum Command {
         #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=1024))]
         chunk_mb: u64,
     },
+    /// Ask the server on this machine (HOST, PORT) whether it lives: exit code 0 or 1, as a container's HEALTHCHECK wants
+    Health,
 }
 
 #[derive(Args)]
@@ -137,6 +140,7 @@ impl Cli {
             Command::Inspect { place } => inspect(&place, config),
             Command::Fetch { uri, output } => fetch(uri, output, config),
             Command::Pack { files, chunk_mb } => pack(&files, chunk_mb),
+            Command::Health => health(config.listen),
         };
         match result {
             Ok(()) => ExitCode::SUCCESS,
@@ -485,6 +489,7 @@ async fn header(uri: ModelUri, config: Config) -> Result<Header, Box<dyn Error>>
     let storage = storage::StorageConfig {
         cache_dir: None,
         sha256: None,
+        first_bytes: 64 << 10,
         ..config.engine.storage
     };
     let mut opened = Storage::new(storage)
@@ -523,6 +528,36 @@ fn pack(files: &[PathBuf], chunk_mb: u64) -> Outcome {
         );
     }
     Ok(())
+}
+
+/// How long connecting, and each read, may take; an engine's own time-out for the whole check is longer.
+const HEALTH_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// By hand and without a runtime: a container asks every few seconds, often on a fraction of a processor.
+fn health(listen: SocketAddr) -> Outcome {
+    let address = match listen.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => (Ipv4Addr::LOCALHOST, listen.port()).into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => (Ipv6Addr::LOCALHOST, listen.port()).into(),
+        _ => listen,
+    };
+    let status = status_line(address).map_err(|e| format!("{address} does not answer: {e}"))?;
+    match status.split(' ').nth(1) {
+        Some("200") => Ok(()),
+        _ => Err(format!("{address} answers `{}`", status.escape_debug()).into()),
+    }
+}
+
+fn status_line(address: SocketAddr) -> std::io::Result<String> {
+    let mut stream = TcpStream::connect_timeout(&address, HEALTH_TIMEOUT)?;
+    stream.set_read_timeout(Some(HEALTH_TIMEOUT))?;
+    write!(
+        stream,
+        "GET /health/live HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n"
+    )?;
+    let mut line = String::new();
+    // Whatever listens there, no more than a status line is read of it.
+    BufReader::new(stream.take(256)).read_line(&mut line)?;
+    Ok(line.trim_end().to_owned())
 }
 
 fn fetch(uri: Option<String>, output: Option<PathBuf>, config: Config) -> Outcome {

@@ -112,7 +112,7 @@ pub const VARIABLES: &[Variable] = &[
     ),
     variable(
         "RANGE_CONCURRENCY",
-        "32",
+        "64",
         "ranged requests to a store at a time",
     ),
     variable(

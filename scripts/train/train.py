@@ -4,7 +4,8 @@
 
 x_t = t x + (1 - t) noise; the network predicts x, the loss is the squared error of the velocity
 (x - x_t) / (1 - t) (Lipman et al. 2023; Li & He 2025). A share of the labels is dropped, so that one network
-serves classifier-free guidance. What is exported is an exponential moving average of the weights.
+serves classifier-free guidance. What is exported is an exponential moving average of the weights. It draws well in
+many steps; distill.py goes on from it to few.
 A run that was stopped goes on from its last checkpoint when the same command is given again.
 """
 

@@ -59,7 +59,8 @@ fn write(
     weights: &mut Weights,
     beside: Option<String>,
 ) -> Result<(), LoadError> {
-    let single = heads.len() == 1 && !output.is_dir();
+    let named_folder = output.to_string_lossy().ends_with('/');
+    let single = heads.len() == 1 && !output.is_dir() && !named_folder;
     let folder = if single {
         output.parent().unwrap_or(Path::new("."))
     } else {

@@ -12,11 +12,12 @@ pub enum LoadError {
     #[error(transparent)]
     Model(#[from] ModelError),
     #[error(
-        "the model needs {needed_mb} MB in memory beside the {used_mb} MB in use, the limit is {limit_mb} MB ({limit_from})"
+        "the model needs {needed_mb} MB in memory beside the {used_mb} MB in use and {headroom_mb} MB to draw with, the limit is {limit_mb} MB ({limit_from})"
     )]
     TooLarge {
         needed_mb: u64,
         used_mb: u64,
+        headroom_mb: u64,
         limit_mb: u64,
         limit_from: &'static str,
     },

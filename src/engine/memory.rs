@@ -6,6 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::Notify;
 
 const MB: u64 = 1 << 20;
+/// Kept free of weights, for connections and the numbers between two layers; less where there is little memory.
+const HEADROOM_BYTES: u64 = 16 << 20;
 
 /// A limit on the process's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,15 +90,18 @@ impl Budget {
             // What the rest of the process takes: at least this, for a promise may be taken up in part; at most that.
             let least = resident_bytes.saturating_sub(promises.bytes);
             let most = resident_bytes.saturating_sub(promises.settled);
-            if least + bytes > limit.limit_bytes {
+            let headroom = HEADROOM_BYTES.min(limit.limit_bytes / 16);
+            let room = limit.limit_bytes - headroom;
+            if least + bytes > room {
                 return Err(LoadError::TooLarge {
                     needed_mb: bytes.div_ceil(MB),
                     used_mb: least.div_ceil(MB),
+                    headroom_mb: headroom.div_ceil(MB),
                     limit_mb: limit.limit_bytes / MB,
                     limit_from: limit.limit_from,
                 });
             }
-            if most + promises.bytes + bytes > limit.limit_bytes {
+            if most + promises.bytes + bytes > room {
                 return Ok(None);
             }
         }
@@ -189,24 +194,26 @@ mod tests {
     #[test]
     fn promises_never_exceed_the_limit() {
         let limit = Memory {
-            limit_bytes: 100 * MB,
+            limit_bytes: 1600 * MB,
             limit_from: "a test",
         };
         let budget = Arc::new(Budget::new(Some(limit)));
-        let own = 20 * MB;
-        let mut first = budget.reserve(50 * MB, own).unwrap().unwrap();
+        let own = 304 * MB;
+        let mut first = budget.reserve(800 * MB, own).unwrap().unwrap();
         // Not taken up yet, taken up, and known to be: the same answer.
-        assert!(budget.reserve(40 * MB, own).unwrap().is_none());
-        assert!(budget.reserve(40 * MB, own + 50 * MB).unwrap().is_none());
+        assert!(budget.reserve(640 * MB, own).unwrap().is_none());
+        let with_first = own + 800 * MB;
+        assert!(budget.reserve(640 * MB, with_first).unwrap().is_none());
         first.settle();
-        assert!(budget.reserve(40 * MB, own + 50 * MB).unwrap().is_none());
-        let second = budget.reserve(30 * MB, own + 50 * MB).unwrap().unwrap();
+        assert!(budget.reserve(640 * MB, with_first).unwrap().is_none());
+        let second = budget.reserve(480 * MB, with_first).unwrap().unwrap();
         assert!(matches!(
-            budget.reserve(81 * MB, own + 80 * MB),
+            budget.reserve(1281 * MB, with_first + 480 * MB),
             Err(LoadError::TooLarge {
-                needed_mb: 81,
-                used_mb: 20,
-                limit_mb: 100,
+                needed_mb: 1281,
+                used_mb: 304,
+                headroom_mb: 16,
+                limit_mb: 1600,
                 ..
             })
         ));

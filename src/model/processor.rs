@@ -17,8 +17,9 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-/// Tokens that a thread takes through the network at a time: their values stay in its own cache (1 MB or more).
-const GROUP_TOKENS_MAX: usize = 128;
+/// Tokens that a thread takes through the network at a time: enough that reading the weights is nothing beside it, and few
+/// enough that their values stay in its own cache and that a thread that comes late finds some left.
+const GROUP_TOKENS_MAX: usize = 64;
 /// Fewer tokens are not worth a thread: reading the weights would take longer than computing with them.
 const MEMBER_TOKENS_MIN: usize = 4;
 
@@ -144,35 +145,38 @@ impl Processor {
     fn compute(&mut self, conditions: Vec<Arc<Conditioned<Vec<f32>>>>) -> Result<(), ModelError> {
         let shared = self.shared.clone();
         let tokens = shared.architecture.tokens();
-        let split = Split::new(conditions.len(), tokens, self.threads.count());
-        let members = match &split {
-            Split::Groups(groups) => groups.len().min(self.threads.count()),
-            Split::Team(parts) => parts.len(),
-        };
         let failed = Arc::new(Mutex::new(None));
-        let (failure, next, barrier) = (failed.clone(), AtomicUsize::new(0), Barrier::new(members));
-        self.threads.run(members, move |member| {
-            let result =
-                match &split {
-                    Split::Groups(groups) => std::iter::from_fn(|| {
-                        groups.get(next.fetch_add(1, Ordering::Relaxed)).cloned()
-                    })
-                    .try_for_each(|group| shared.compute(member, group, None, &conditions, None)),
-                    Split::Team(parts) => {
-                        let _guard = barrier.guard();
-                        let team = Team {
-                            member,
-                            parts,
-                            barrier: &barrier,
-                            turn: 0,
-                        };
-                        shared.compute(member, parts[member].clone(), Some(team), &conditions, None)
-                    }
-                };
+        let failure = failed.clone();
+        let note = move |result: Result<(), ModelError>| {
             if let Err(error) = result {
                 *lock(&failure) = Some(error);
             }
-        });
+        };
+        match Split::new(conditions.len(), tokens, self.threads.count()) {
+            Split::Groups(groups) => {
+                let next = AtomicUsize::new(0);
+                self.threads.apart(groups.len(), move |member| {
+                    while let Some(group) = groups.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        note(shared.compute(member, group.clone(), None, &conditions, None));
+                    }
+                });
+            }
+            Split::Team(members_max) => {
+                let barrier = Barrier::default();
+                self.threads.together(members_max, move |member, members| {
+                    let _guard = barrier.guard();
+                    let parts = even(conditions.len() * tokens, members, 1);
+                    let own = parts[member].clone();
+                    let team = (members > 1).then_some(Team {
+                        member,
+                        parts: &parts,
+                        barrier: &barrier,
+                        turn: 0,
+                    });
+                    note(shared.compute(member, own, team, &conditions, None));
+                });
+            }
+        }
         let failed = lock(&failed).take();
         failed.map_or(Ok(()), Err)
     }
@@ -231,8 +235,8 @@ impl Shared {
 enum Split {
     /// Whole rows, each group by one thread.
     Groups(Vec<Range<usize>>),
-    /// All rows, a part by each thread.
-    Team(Vec<Range<usize>>),
+    /// All rows, a part by each of so many threads at most.
+    Team(usize),
 }
 
 impl Split {
@@ -245,9 +249,7 @@ impl Split {
             let groups = rounds.div_ceil(rows_max) * threads;
             return Self::Groups(even(rows, groups.min(rows), tokens));
         }
-        let all = rows * tokens;
-        let members = threads.min(all / MEMBER_TOKENS_MIN).max(1);
-        Self::Team(even(all, members, 1))
+        Self::Team(threads.min(rows * tokens / MEMBER_TOKENS_MIN).max(1))
     }
 }
 
@@ -447,7 +449,7 @@ impl Ops for Member<'_> {
                 own.extend_from_slice(&token[width..]);
             }
             drop(own);
-            team.barrier.wait();
+            team.barrier.wait(team.parts.len());
             let rows = self.tokens.start / row_tokens..self.tokens.end.div_ceil(row_tokens);
             for (part, values) in team.parts.iter().zip(exchange) {
                 if part.start < rows.end * row_tokens && part.end > rows.start * row_tokens {
@@ -589,16 +591,19 @@ mod tests {
     fn rows_are_split_evenly_between_threads_and_tokens_where_rows_are_few() {
         use Split::{Groups, Team};
         assert_eq!(Split::new(1, 16, 1), Groups(even(16, 1, 1)));
-        assert_eq!(Split::new(1, 16, 2), Team(vec![0..8, 8..16]));
+        assert_eq!(Split::new(1, 16, 2), Team(2));
         assert_eq!(Split::new(2, 16, 2), Groups(vec![0..16, 16..32]));
-        assert_eq!(Split::new(3, 16, 2), Team(vec![0..24, 24..48]));
+        assert_eq!(Split::new(3, 16, 2), Team(2));
         // No more threads than there is work for.
-        assert_eq!(Split::new(1, 16, 64), Team(even(16, 4, 1)));
-        assert_eq!(Split::new(1, 1, 8), Team(even(1, 1, 1)));
-        // 32 rows of 16 tokens: four groups of 128, two for each of two threads.
-        assert_eq!(Split::new(32, 16, 2), Groups(even(32, 4, 16)));
+        assert_eq!(Split::new(1, 16, 64), Team(4));
+        assert_eq!(Split::new(1, 1, 8), Team(1));
+        // 32 rows of 16 tokens: eight groups of 64, four for each of two threads.
+        assert_eq!(Split::new(32, 16, 2), Groups(even(32, 8, 16)));
         for (rows, tokens, threads) in (1..70).flat_map(|r| [(r, 16, 2), (r, 9, 3), (r, 256, 5)]) {
-            let (Groups(parts) | Team(parts)) = Split::new(rows, tokens, threads);
+            let parts = match Split::new(rows, tokens, threads) {
+                Groups(groups) => groups,
+                Team(members) => even(rows * tokens, members, 1),
+            };
             assert_eq!(parts[0].start, 0);
             assert_eq!(parts.last().unwrap().end, rows * tokens);
             assert!(parts.windows(2).all(|w| w[0].end == w[1].start));

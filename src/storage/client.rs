@@ -8,13 +8,15 @@ use http::{HeaderMap, HeaderValue, header};
 use object_store::aws::AmazonS3Builder;
 use object_store::azure::MicrosoftAzureBuilder;
 use object_store::client::{
-    HttpClient, HttpConnector, HttpError, HttpRequest, HttpResponse, HttpService, ReqwestConnector,
+    HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpService,
+    ReqwestConnector,
 };
 use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::http::HttpBuilder;
 use object_store::path::Path;
 use object_store::{ClientOptions, ObjectStore, RetryConfig};
 use percent_encoding::percent_decode_str;
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use url::Url;
@@ -121,7 +123,10 @@ struct Connector {
 impl HttpConnector for Connector {
     fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
         Ok(HttpClient::new(Listening {
-            inner: ReqwestConnector::default().connect(options)?,
+            // Made here for its errors: options that one client takes, all take.
+            first: ReqwestConnector::default().connect(options)?,
+            options: options.clone(),
+            clients: Mutex::default(),
             pause: self.pause.clone(),
         }))
     }
@@ -129,14 +134,35 @@ impl HttpConnector for Connector {
 
 #[derive(Debug)]
 struct Listening {
-    inner: HttpClient,
+    first: HttpClient,
+    options: ClientOptions,
+    /// One a runtime. A connection is driven by the runtime that opened it: handed to another one it would bring its bytes
+    /// to the wrong processor's cache, and break off when its own runtime ends.
+    clients: Mutex<HashMap<tokio::runtime::Id, HttpClient>>,
     pause: Arc<Pause>,
+}
+
+impl Listening {
+    fn client(&self) -> Result<HttpClient, HttpError> {
+        let here = tokio::runtime::Handle::current().id();
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(client) = clients.get(&here) {
+            return Ok(client.clone());
+        }
+        let made = match clients.len() {
+            0 => self.first.clone(),
+            _ => ReqwestConnector::default()
+                .connect(&self.options)
+                .map_err(|e| HttpError::new(HttpErrorKind::Unknown, e))?,
+        };
+        Ok(clients.entry(here).or_insert(made).clone())
+    }
 }
 
 #[async_trait::async_trait]
 impl HttpService for Listening {
     async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
-        let response = self.inner.execute(request).await?;
+        let response = self.client()?.execute(request).await?;
         self.pause.note(&response, Instant::now());
         Ok(response)
     }

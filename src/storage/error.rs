@@ -109,6 +109,10 @@ impl StorageError {
                 uri,
                 source: Arc::new(error),
             },
+            None if is_untrusted(&error) => Self::Unexpected {
+                uri,
+                source: Arc::new(error),
+            },
             // No answer at all: refused, reset, timed out, a name that does not resolve.
             None => Self::Unavailable {
                 uri,
@@ -116,6 +120,12 @@ impl StorageError {
             },
         }
     }
+}
+
+/// Whether the other side is not who it says it is: that does not mend itself.
+fn is_untrusted(error: &(dyn std::error::Error + 'static)) -> bool {
+    std::iter::successors(Some(error), |e| e.source())
+        .any(|e| e.to_string().contains("invalid peer certificate"))
 }
 
 /// Whether a store answered that an object has no such range.

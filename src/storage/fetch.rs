@@ -25,9 +25,8 @@ const BACKOFF_MAX: Duration = Duration::from_secs(5);
 const BYTES_A_SECOND_MIN: u64 = 256 << 10;
 /// How often a store may refuse what it has allowed before: credentials expire, and the client gets new ones.
 const DENIED_TRIES: u32 = 3;
-/// What the first request asks for: any header, and the whole of a small model. No chunk is smaller, so the first
-/// answer never reaches into a second one.
-const FIRST_BYTES: u64 = *CHUNK_BYTES.start();
+/// The most that the first request may ask for. No chunk is smaller, so its answer never reaches into a second one.
+pub(super) const FIRST_BYTES_MAX: u64 = *CHUNK_BYTES.start();
 /// A `config.json` is some hundred bytes; the manifest of 1 TB in chunks of 8 MB has 9 MB.
 const SMALL_BYTES_MAX: u64 = 16 << 20;
 
@@ -147,7 +146,9 @@ async fn first_answer(
     config: &StorageConfig,
 ) -> Result<(Option<GetResult>, bool), StorageError> {
     let if_none_match = known.and_then(|k| k.etag.clone());
-    let range = Some(GetRange::Bounded(0..FIRST_BYTES));
+    let range = Some(GetRange::Bounded(
+        0..config.first_bytes.clamp(1, FIRST_BYTES_MAX),
+    ));
     let options = GetOptions {
         if_none_match: if_none_match.clone(),
         range,

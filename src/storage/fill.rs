@@ -297,8 +297,7 @@ impl<'f, 'a> Transfer<'f, 'a> {
         if jobs == 0 {
             return;
         }
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let others: Vec<_> = (1..processors.min(LANES_MAX).min(jobs))
+        let others: Vec<_> = (1..lane_count(jobs))
             .map(|_| {
                 let to = to.clone();
                 scope.spawn(move || lane(&to))
@@ -330,9 +329,12 @@ impl<'f, 'a> Transfer<'f, 'a> {
                     }
                 },
             };
-            let read = job.chunk.read_from(file);
             let index = job.chunk.index;
             let expected = task.promised(index).or(task.on_disk[index]);
+            if expected.is_some() {
+                job.chunk.hash_on_the_way();
+            }
+            let read = job.chunk.read_from(file);
             let right =
                 read.is_ok() && expected.is_none_or(|expected| job.chunk.digest() == expected);
             let bytes = job.chunk.range.end - job.chunk.range.start;
@@ -363,14 +365,13 @@ impl<'f, 'a> Transfer<'f, 'a> {
     }
 
     fn network_lane(&self, jobs: usize, to: &Outlets<'a>) -> Result<(), StorageError> {
-        // A runtime of its own: this thread reads the sockets, and copies what it has just read.
+        // A runtime of its own, and with it a pool of connections: this thread reads the sockets, and copies what it has
+        // just read.
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .map_err(|e| StorageError::Read(std::sync::Arc::new(e)))?;
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let lanes = processors.min(LANES_MAX).min(jobs).max(1);
-        let wide = self.config.range_concurrency.div_ceil(lanes);
+        let wide = self.config.range_concurrency.div_ceil(lane_count(jobs));
         let mut stop = self.stop.subscribe();
         runtime.block_on(async {
             tokio::select! {
@@ -386,6 +387,11 @@ impl<'f, 'a> Transfer<'f, 'a> {
             let Where::Store(remote) = self.tasks[file].source else {
                 continue;
             };
+            for chunk in &mut chunks {
+                if self.wants_digest(file, chunk.index, to) {
+                    chunk.hash_on_the_way();
+                }
+            }
             remote.read_all(&mut chunks, body).await?;
             for chunk in chunks {
                 let digest = self.digest(file, &chunk, to);
@@ -415,6 +421,9 @@ impl<'f, 'a> Transfer<'f, 'a> {
         let Where::Store(remote) = task.source else {
             return Ok(());
         };
+        if self.wants_digest(job.file, job.chunk.index, to) {
+            job.chunk.hash_on_the_way();
+        }
         for _ in 0..DIGEST_TRIES {
             remote.read_chunk(&mut job.chunk, job.body.take()).await?;
             let digest = self.digest(job.file, &job.chunk, to);
@@ -436,8 +445,12 @@ impl<'f, 'a> Transfer<'f, 'a> {
 
     /// A chunk's digest, where somebody needs it.
     fn digest(&self, file: usize, chunk: &Chunk<'_>, to: &Outlets<'_>) -> Option<[u8; 32]> {
-        let needed = self.tasks[file].promised(chunk.index).is_some() || to.writer.is_some();
-        needed.then(|| chunk.digest())
+        self.wants_digest(file, chunk.index, to)
+            .then(|| chunk.digest())
+    }
+
+    fn wants_digest(&self, file: usize, index: usize, to: &Outlets<'_>) -> bool {
+        self.tasks[file].promised(index).is_some() || to.writer.is_some()
     }
 
     /// SHA-256 of each file that wants one, over its chunks in order.
@@ -515,6 +528,12 @@ impl<'f, 'a> Transfer<'f, 'a> {
     fn is_over(&self) -> bool {
         *self.stop.borrow()
     }
+}
+
+/// As many lanes as there is work for, one a processor.
+fn lane_count(jobs: usize) -> usize {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    processors.min(LANES_MAX).min(jobs).max(1)
 }
 
 fn wrong_chunk(index: usize) -> StorageError {

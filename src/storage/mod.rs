@@ -62,6 +62,8 @@ pub struct StorageConfig {
     pub cache_in_memory: bool,
     /// SHA-256 that the weights, or their manifest, must have.
     pub sha256: Option<[u8; 32]>,
+    /// What the first request asks for: any header, and the whole of a small model. At most 1 MiB.
+    pub first_bytes: u64,
     /// Largest range that one request asks for.
     pub range_bytes: u64,
     /// Ranged requests at a time.
@@ -81,8 +83,9 @@ impl Default for StorageConfig {
             cache_bytes_max: 10 << 30,
             cache_in_memory: false,
             sha256: None,
+            first_bytes: fetch::FIRST_BYTES_MAX,
             range_bytes: 8 << 20,
-            range_concurrency: 32,
+            range_concurrency: 64,
             connect_timeout: Duration::from_secs(5),
             stall_timeout: Duration::from_secs(10),
             attempts_max: 6,

@@ -24,7 +24,12 @@ pub(super) struct Chunk<'a> {
     next: (usize, usize),
     /// Where the next byte lies in the file.
     at: u64,
+    /// Has seen all bytes so far, where a digest is wanted.
+    hasher: Option<Box<blake3::Hasher>>,
 }
+
+/// What is read from a disk before it is hashed: as much as stays in a processor's own cache in between.
+const READ_BYTES: usize = 256 << 10;
 
 /// A chunk that is complete and will not be written again.
 #[derive(Clone)]
@@ -62,6 +67,7 @@ pub(super) fn chunks(
                     pieces: Vec::new(),
                     next: (0, 0),
                     at,
+                    hasher: None,
                 });
             }
             let Some(chunk) = chunks.last_mut() else {
@@ -96,8 +102,22 @@ impl<'a> Chunk<'a> {
         self.at == self.range.end
     }
 
+    /// Computes the digest from now on as the bytes arrive: they are in the processor's cache then, and would have to
+    /// come back from memory once the chunk is full.
+    pub(super) fn hash_on_the_way(&mut self) {
+        let mut hasher = Box::new(blake3::Hasher::new());
+        let mut before = usize::try_from(self.at - self.range.start).unwrap_or(usize::MAX);
+        for piece in &self.pieces {
+            let n = piece.len().min(before);
+            hasher.update(&piece[..n]);
+            before -= n;
+        }
+        self.hasher = Some(hasher);
+    }
+
     /// Copies what fits, and gives back what does not.
-    pub(super) fn write<'b>(&mut self, mut bytes: &'b [u8]) -> &'b [u8] {
+    pub(super) fn write<'b>(&mut self, all: &'b [u8]) -> &'b [u8] {
+        let mut bytes = all;
         while !bytes.is_empty() {
             let (piece, offset) = self.next;
             let Some(room) = self.pieces.get_mut(piece).map(|p| &mut p[offset..]) else {
@@ -113,15 +133,26 @@ impl<'a> Chunk<'a> {
             self.at += n as u64;
             bytes = &bytes[n..];
         }
+        if let Some(hasher) = &mut self.hasher {
+            hasher.update(&all[..all.len() - bytes.len()]);
+        }
         bytes
     }
 
     /// Reads all of it from where it lies in a file.
     pub(super) fn read_from(&mut self, file: &File) -> io::Result<()> {
+        self.reset();
         let mut at = self.range.start;
-        for piece in &mut self.pieces {
-            file.read_exact_at(piece, at)?;
-            at += piece.len() as u64;
+        for part in self
+            .pieces
+            .iter_mut()
+            .flat_map(|p| p.chunks_mut(READ_BYTES))
+        {
+            file.read_exact_at(part, at)?;
+            at += part.len() as u64;
+            if let Some(hasher) = &mut self.hasher {
+                hasher.update(part);
+            }
         }
         (self.next, self.at) = ((self.pieces.len(), 0), at);
         Ok(())
@@ -130,10 +161,16 @@ impl<'a> Chunk<'a> {
     /// Begins anew: what was written proved wrong.
     pub(super) fn reset(&mut self) {
         (self.next, self.at) = ((0, 0), self.range.start);
+        if let Some(hasher) = &mut self.hasher {
+            hasher.reset();
+        }
     }
 
     /// BLAKE3 of a full chunk.
     pub(super) fn digest(&self) -> [u8; 32] {
+        if let Some(hasher) = &self.hasher {
+            return hasher.finalize().into();
+        }
         let mut hasher = blake3::Hasher::new();
         for piece in &self.pieces {
             hasher.update(piece);
@@ -191,6 +228,9 @@ mod tests {
                 let bytes: Vec<u8> = chunk.range.clone().map(|b| b as u8).collect();
                 let middle = random(bytes.len() as u64 + 1) as usize;
                 assert!(chunk.write(&bytes[..middle]).is_empty());
+                if i % 2 == 0 {
+                    chunk.hash_on_the_way();
+                }
                 assert_eq!(chunk.rest().start, chunk.range.start + middle as u64);
                 let more = [&bytes[middle..], &[99; 3]].concat();
                 assert_eq!(chunk.write(&more), [99; 3]);

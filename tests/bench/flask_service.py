@@ -2,6 +2,8 @@
 
     MODEL_PATH=src/model/mnist.safetensors PORT=5002 python tests/bench/flask_service.py
 
+MODEL_URI=s3://bucket/key in place of MODEL_PATH downloads the weights to a temporary file first, by boto3.
+
 It is written as such services are: PyTorch is imported at the top, the model is built at the first request that
 needs it, threads are PyTorch's and Flask's defaults. No batching: each request draws its own digits.
 
@@ -14,6 +16,7 @@ import io
 import logging
 import os
 import sys
+import tempfile
 import threading
 
 import torch
@@ -32,8 +35,20 @@ def model() -> tuple[dit.DiT, dit.Sampler]:
     global loaded
     with lock:
         if loaded is None:
-            loaded = dit.load(os.environ["MODEL_PATH"])
+            loaded = load()
     return loaded
+
+
+def load() -> tuple[dit.DiT, dit.Sampler]:
+    uri = os.environ.get("MODEL_URI")
+    if uri is None:
+        return dit.load(os.environ["MODEL_PATH"])
+    import boto3
+
+    bucket, key = uri.removeprefix("s3://").split("/", 1)
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as f:
+        boto3.client("s3").download_file(bucket, key, f.name)
+        return dit.load(f.name)
 
 
 def draw(labels: list[int], seed: int | None) -> torch.Tensor:

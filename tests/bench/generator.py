@@ -98,7 +98,7 @@ def onnx(weights: str, config: dit.Config, threads: int):
         warnings.simplefilter("ignore")
         path = os.path.join(folder, "model.onnx")
         batch = torch.export.Dim("batch", min=1, max=1024)
-        torch.onnx.export(model, (x, t, label), path, dynamo=True, verbose=False, dynamic_shapes={"x": {0: batch}, "t": {0: batch}, "label": {0: batch}, "trace": None}, input_names=["x", "t", "label"])
+        torch.onnx.export(model, (x, t, label), path, dynamo=True, verbose=False, dynamic_shapes={"x": {0: batch}, "t": {0: batch}, "label": {0: batch}}, input_names=["x", "t", "label"])
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -136,6 +136,15 @@ def main():
                 side.draw(batch, s)
         print(f"{name} is warm", file=sys.stderr, flush=True)
     figures = {name: {case: [] for case in cases} for name in sides}
+    try:
+        rounds(a, sides, cases, figures)
+    except KeyboardInterrupt:
+        # Ctrl-C: the table of what there is.
+        pass
+    show(a, about, sides, cases, figures, sampler.guidance)
+
+
+def rounds(a, sides: dict, cases: dict, figures: dict):
     for i in range(a.rounds):
         for case, (batch, s) in cases.items():
             for name in list(sides)[:: -1 if i % 2 else 1]:
@@ -146,7 +155,9 @@ def main():
                 figures[name][case].append(took * 1e3 if case.endswith("ms") else batch / took)
         print(f"round {i + 1}/{a.rounds}", file=sys.stderr, flush=True)
 
-    print(f"{about}; {a.threads} threads a side, {a.rounds} rounds, guidance {sampler.guidance:g}; median (lowest to highest) of the rounds' medians\n")
+
+def show(a, about: str, sides: dict, cases: dict, figures: dict, guidance: float):
+    print(f"{about}; {a.threads} threads a side, {a.rounds} rounds, guidance {guidance:g}; median (lowest to highest) of the rounds' medians\n")
     rows = []
     for case in cases:
         middle = {name: statistics.median(figures[name][case]) for name in sides}

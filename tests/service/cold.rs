@@ -448,6 +448,15 @@ async fn weights_are_fetched_and_packed_ahead_of_time() {
     ask(&app).await.unwrap();
     assert_eq!(verified(&app).await, "chunks");
 
+    // Into a folder that is not there yet.
+    let models = format!("{}/", folder.path().join("layer").display());
+    let args = ["fetch", "-o", &models].map(str::to_owned);
+    assert!(command(args.to_vec(), env.clone()).await.0);
+    let path: Env = vec![("MODEL_PATH", models)];
+    let app = App::start(&path);
+    ask(&app).await.unwrap();
+    assert_eq!(verified(&app).await, "sha256");
+
     // Into the cache: the next start downloads nothing.
     let cache = folder.path().join("cache");
     let env = with(env, &[("MODEL_CACHE_DIR", cache.to_str().unwrap())]);

@@ -307,6 +307,34 @@ fn a_bad_environment_is_reported_at_once_with_exit_code_64() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn health_asks_the_server_on_this_machine() {
+    let app = App::start(NO_ENV);
+    let port = app.address.port().to_string();
+    let health = |host: &str| {
+        let output = crate::app::binary()
+            .arg("health")
+            .envs([("HOST", host), ("PORT", &port)])
+            .output()
+            .unwrap();
+        (
+            output.status.code(),
+            String::from_utf8(output.stderr).unwrap(),
+        )
+    };
+    // Nobody connects to 0.0.0.0, which a container listens on.
+    for host in ["127.0.0.1", "0.0.0.0"] {
+        assert_eq!(health(host), (Some(0), String::new()));
+    }
+    drop(app);
+    let (code, text) = health("0.0.0.0");
+    assert_eq!(code, Some(1));
+    assert!(
+        text.contains(&format!("127.0.0.1:{port} does not answer")),
+        "{text}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_command_line_draws_the_same_with_and_without_a_server() {
     let app = App::start(NO_ENV);
     let draw = |url: &[&str]| {

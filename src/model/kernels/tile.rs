@@ -96,8 +96,6 @@ impl Simd for Avx512 {
 }
 
 #[cfg(target_arch = "x86_64")]
-// Not inlined: the loop needs the registers for itself.
-#[inline(never)]
 #[target_feature(enable = "avx512f,avx2,fma,f16c")]
 unsafe fn tile_avx512<const M: usize, const FORMAT: u8>(
     inputs: usize,
@@ -166,8 +164,6 @@ impl Simd for Avx2 {
 }
 
 #[cfg(target_arch = "x86_64")]
-// Not inlined: the loop needs the registers for itself.
-#[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn tile_avx2<const M: usize, const FORMAT: u8>(
     inputs: usize,
