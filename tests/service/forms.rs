@@ -370,11 +370,25 @@ async fn a_reader_that_leaves_in_the_middle_takes_its_digits_along() {
         let mut answer = post(&app, accept, long).await;
         // Once there is a picture, the rest is in the queue.
         while !has_png(&answer.chunk().await.unwrap().unwrap()) {}
-        let full = post(&app, "image/png", r#"{"digits": "0"}"#).await;
+        let full = post(
+            &app,
+            "image/png",
+            r#"{"digits": "0", "count": 500, "steps": 1}"#,
+        )
+        .await;
         assert_eq!(full.status(), 503, "{accept}: its digits fill the queue");
         drop(answer);
-        let free =
-            async { while post(&app, "image/png", r#"{"digits": "0"}"#).await.status() != 200 {} };
+        let free = async {
+            while post(
+                &app,
+                "image/png",
+                r#"{"digits": "0", "count": 500, "steps": 1}"#,
+            )
+            .await
+            .status()
+                != 200
+            {}
+        };
         let left = Instant::now();
         tokio::time::timeout(PATIENCE, free).await.expect(accept);
         println!(
