@@ -40,7 +40,7 @@ def ticks(low: float, high: float, log: bool) -> list[float]:
     return [v for v in values if low <= v * (1 + 1e-9) and v <= high * (1 + 1e-9)]
 
 
-def panel(x: int, y: int, title: str, lines: dict[str, list[tuple[float, float]]], log: bool = False, low=None, high=None) -> str:
+def panel(x: int, y: int, title: str, lines: dict[str, list[tuple[float, float]]], log: bool = False, low=None, high=None, names_below: bool = False) -> str:
     """One chart at (x, y); `lines` are points by name. Values beyond `low` and `high` are drawn at the rim."""
     values = [v for points in lines.values() for _, v in points]
     low, high = min(values) if low is None else low, max(values) if high is None else high
@@ -56,7 +56,8 @@ def panel(x: int, y: int, title: str, lines: dict[str, list[tuple[float, float]]
     for i, (name, points) in enumerate(lines.items()):
         path = " ".join(f"{across(at):.1f},{up(v):.1f}" for at, v in points)
         out.append(f'<polyline points="{path}" fill="none" stroke="{COLOURS[i]}" stroke-width="1.4"/>')
-        out.append(f'<text x="{x + WIDTH - 8}" y="{y + 18 + 16 * i}" text-anchor="end" fill="{COLOURS[i]}">{name}</text>')
+        down = HEIGHT - 12 - 16 * (len(lines) - 1 - i) if names_below else 18 + 16 * i
+        out.append(f'<text x="{x + WIDTH - 8}" y="{y + down}" text-anchor="end" fill="{COLOURS[i]}">{name}</text>')
     return "\n".join(out)
 
 
@@ -71,7 +72,7 @@ def main():
     parts = [
         panel(columns[0], rows[0], "Margin of the discriminator", {"": series(lambda e: e.get("margin"))}, low=-1.0),
         panel(columns[1], rows[0], "Energy distance", {"": energy}, low=0.0, high=0.5),
-        panel(columns[0], rows[1], "The classifier agrees", judged("accuracy"), low=0.95, high=1.0),
+        panel(columns[0], rows[1], "The classifier agrees", judged("accuracy"), low=0.95, high=1.0, names_below=True),
         panel(columns[1], rows[1], "Frechet distance", judged("frechet"), log=True),
     ]
     size = f'width="{columns[1] + WIDTH + 20}" height="{rows[1] + HEIGHT + 44}"'

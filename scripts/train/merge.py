@@ -1,6 +1,6 @@
 """Averages weights files of one run (Izmailov et al. 2018, "Averaging weights leads to wider optima").
 
-    python scripts/train/merge.py --weights at-1200.safetensors at-1250.safetensors at-1350.safetensors --shares 0.3 0.35 0.35 --steps 2 --shift 4 --out src/model/mnist.safetensors
+    python scripts/train/merge.py --weights scripts/train/out/at-{1200,1250,1350}.safetensors --shares 0.3 0.35 0.35 --steps 2 --shift 4 --out src/model/mnist.safetensors
 
 An adversarial run circles around its goal; the middle of the circle is nearer to it than any point on the circle.
 The files are those that distill.py keeps at its checkpoints.

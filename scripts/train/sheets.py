@@ -19,7 +19,7 @@ def arguments():
     p.add_argument("--out", required=True)
     p.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 16])
     p.add_argument("--guidance", type=float, help="default: the model's")
-    p.add_argument("--each", type=int, default=8, help="digits of a class in a sheet")
+    p.add_argument("--each", type=int, default=7, help="digits of a class in a sheet")
     p.add_argument("--scale", type=int, default=1)
     p.add_argument("--seed", type=int, default=1)
     return p.parse_args()

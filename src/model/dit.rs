@@ -328,7 +328,7 @@ impl Dit {
         }
     }
 
-    /// Bytes of one [`Condition`].
+    /// Bytes of one condition.
     pub fn condition_bytes(&self) -> usize {
         (BLOCK_PARTS + 1) * self.architecture.width * size_of::<f32>()
     }

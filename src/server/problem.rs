@@ -15,7 +15,7 @@ pub(super) struct Failure {
     /// Last part of the problem's type.
     kind: &'static str,
     title: &'static str,
-    detail: String,
+    detail: Box<str>,
     errors: Vec<FieldError>,
     retry_after: Option<Duration>,
     /// Methods that the route knows.
@@ -23,7 +23,7 @@ pub(super) struct Failure {
     /// Whether a key would help.
     challenge: bool,
     /// The preference that was kept to (RFC 7240).
-    wait_secs: Option<u64>,
+    wait_secs: Option<u32>,
 }
 
 impl Failure {
@@ -37,7 +37,7 @@ impl Failure {
             status,
             kind,
             title,
-            detail: detail.into(),
+            detail: detail.into().into_boxed_str(),
             errors: Vec::new(),
             retry_after: None,
             allow: None,
@@ -141,7 +141,7 @@ impl Failure {
     pub(super) fn preferred_wait(waited: Duration, after: Duration) -> Self {
         Self {
             retry_after: Some(after),
-            wait_secs: Some(waited.as_secs()),
+            wait_secs: Some(u32::try_from(waited.as_secs()).unwrap_or(u32::MAX)),
             ..Self::new(
                 StatusCode::SERVICE_UNAVAILABLE,
                 "wait-over",
@@ -228,7 +228,7 @@ impl Failure {
             kind: format!("urn:image-generator:problem:{}", self.kind),
             title: self.title.to_owned(),
             status: self.status.as_u16(),
-            detail: self.detail.clone(),
+            detail: self.detail.to_string(),
             request_id: request_id.to_owned(),
             errors: self.errors.clone(),
         }

@@ -75,7 +75,7 @@ pub(super) enum Opened {
     /// It is as it was when `known` was fetched.
     Unchanged,
     /// The object, and the body of its first answer.
-    Object(Remote, Body),
+    Object(Box<Remote>, Body),
 }
 
 /// An object at one version.
@@ -117,7 +117,7 @@ pub(super) async fn open(
         config: config.clone(),
         progress: progress.clone(),
     };
-    Ok(Opened::Object(remote, result.into_stream()))
+    Ok(Opened::Object(Box::new(remote), result.into_stream()))
 }
 
 /// Tries until it succeeds, fails for good, or has failed often enough.

@@ -144,7 +144,7 @@ enum Source {
         /// Digests of its chunks, where they are known.
         blake3: Option<Vec<[u8; 32]>>,
     },
-    Store(Remote),
+    Store(Box<Remote>),
 }
 
 impl Storage {

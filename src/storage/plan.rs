@@ -245,15 +245,17 @@ mod tests {
 
     #[test]
     fn segments_that_leave_gaps_or_go_beyond_the_object_are_refused() {
-        for (ranges, size) in [
-            (vec![0..4, 5..9], 9),
-            (vec![0..4], 5),
-            (vec![0..6], 5),
-            (vec![1..5], 5),
-        ] {
+        let cases: [(&[(u64, u64)], u64); 4] = [
+            (&[(0, 4), (5, 9)], 9),
+            (&[(0, 4)], 5),
+            (&[(0, 6)], 5),
+            (&[(1, 5)], 5),
+        ];
+        for (ranges, size) in cases {
+            let ranges: Vec<Range<u64>> = ranges.iter().map(|&(start, end)| start..end).collect();
             let mut memory: Vec<Vec<u8>> = ranges
                 .iter()
-                .map(|r: &Range<u64>| vec![0; (r.end - r.start) as usize])
+                .map(|r| vec![0; (r.end - r.start) as usize])
                 .collect();
             let segments = ranges.iter().cloned().zip(&mut memory);
             let segments = segments.map(|(range, bytes)| Segment { range, bytes });

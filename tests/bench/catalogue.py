@@ -75,7 +75,7 @@ class Service:
             time.sleep(SAMPLE_SECONDS)
 
     def peak_bytes(self) -> int:
-        """The kernel's own high-water mark: nothing between two samples escapes it."""
+        """The kernel's own high-water mark, which sees what is between two samples. It is some pages behind: see `main`."""
         with open(f"/proc/{self.child.pid}/status") as f:
             return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) * 1024
 
@@ -169,7 +169,7 @@ def main():
         if a.json:
             with open(a.json, "w") as f:
                 json.dump({"machine": about, "budget_mib": budget_mib, "events": service.events, "samples": service.samples, "requests": requests}, f, indent=1)
-        if peak > budget_mib * MIB:
+        if max(peak, *(rss for _, rss in service.samples)) > budget_mib * MIB:
             raise SystemExit("the budget was exceeded")
         if wrong := [r for r in requests if not r["right"]]:
             raise SystemExit(f"{len(wrong)} answers were not what was asked for, such as {wrong[0]}")

@@ -1,5 +1,6 @@
 """Each check finds a deliberate mistake, and says what it is. Run by scripts/check-deploy, which sets DEPLOY_TOOLS."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import tempfile
 import unittest
 from pathlib import Path
 
+import gcloud_flags
 import rules
 from rules import ROOT
 
@@ -141,6 +143,14 @@ class Tools(unittest.TestCase):
 
     def test_shellcheck(self):
         self.assertIn("SC2086", self.complaint(DEPLOY + "cloud-run/deploy", '--region="$region"', "--region=$region", "shellcheck"))
+
+    def test_the_stand_in_for_gcloud_has_the_flags_of_the_sdk(self):
+        # The stand-in itself comes first in no PATH here. Another version of the SDK may have more flags, and not fewer.
+        if not (tables := gcloud_flags.sdk_tables()):
+            self.skipTest("there is no Google Cloud SDK")
+        ours = json.loads(gcloud_flags.FILE.read_text())["commands"]
+        for command, known in gcloud_flags.flags(tables, list(ours))["commands"].items():
+            self.assertLessEqual(set(ours[command]), set(known), command)
 
     def test_systemd(self):
         self.assertIn("ProtectSystems", self.complaint(UNIT, "ProtectSystem=", "ProtectSystems=", "systemd-analyze", "verify"))

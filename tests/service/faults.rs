@@ -141,11 +141,9 @@ async fn a_load_that_fails_tells_everyone_who_waits_and_the_next_request_tries_a
             "addresses stay in the log"
         );
     }
-    let failures = app
-        .log()
-        .iter()
-        .filter(|l| l["message"] == "the model could not be loaded")
-        .count();
+    let failed = |l: &serde_json::Value| l["message"] == "the model could not be loaded";
+    app.logged(failed).await;
+    let failures = app.log().iter().filter(|l| failed(l)).count();
     assert_eq!(failures, 1, "one load failed for all of them");
     assert!(app.client.models().await.unwrap().models[0].error.is_some());
     server.heal();

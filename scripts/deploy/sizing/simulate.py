@@ -46,7 +46,7 @@ class Service:
     processors: int = 2
 
 
-OURS = Service("image-generator", 0.15, 400, 0.012, 0.5)
+OURS = Service("image-generator", 0.15, 400, 0.0025, 0.5)
 LARGE = replace(OURS, name="image-generator, 700 MB in a bucket", start_s=0.9, memory_gib=1)
 FLASK = Service("Flask + PyTorch", 1.6, 129, 0.032, 1)
 
@@ -260,7 +260,7 @@ def svg(rows: list) -> str:
         return made
 
     draw(left, "US dollars a month (at the bottom: nothing)", 0.1, 1e5, lambda p: f"{10.0**p:g}" if p > -1 else "0", lines(lambda r: r.cost_month, lambda v: v.cost_month))
-    draw(left + panel + gap, "p99, ms", 10, 1e4, lambda p: f"{10**p:,}", lines(lambda r: r.p99_s * 1e3, lambda v: v.p99_s * 1e3))
+    draw(left + panel + gap, "p99, ms", 1, 1e4, lambda p: f"{10**p:,}", lines(lambda r: r.p99_s * 1e3, lambda v: v.p99_s * 1e3))
     for i, (name, colour) in enumerate(COLOURS.items()):
         parts.append(f'<line x1="{left + i * 270}" x2="{left + 24 + i * 270}" y1="{height - 34}" y2="{height - 34}" stroke="{colour}" stroke-width="2"/>'
                      f'<text x="{left + 30 + i * 270}" y="{height - 30}">{name}</text>')
