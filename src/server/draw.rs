@@ -14,7 +14,7 @@ use crate::api::{Record, headers};
 use crate::engine::{
     Drawing, EngineError, Event, ModelInfo, ModelState, ModelStatus, Plan, Preview,
 };
-use crate::image::{Picture, Sheet, SheetEncoder, encode_animation, encode_sheet, enlarge};
+use crate::image::{Picture, Sheet, SheetEncoder, encode, encode_animation, encode_sheet, enlarge};
 use crate::storage::hex;
 use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
 use sha2::{Digest as _, Sha256};
@@ -122,7 +122,7 @@ impl App {
         let mut rows = Rows::new(plan.start()?, sheet, count);
         let first = rows.next(&mut timing).await?;
         let mut response = if sheet.grid.rows == 1 {
-            let png = off_runtime(&sheet, move || encode_sheet(sheet, &first)).await?;
+            let png = off_runtime(row_pixels(&sheet), move || encode_sheet(sheet, &first)).await?;
             Response::new(Body::from(png))
         } else {
             let (sender, body) = Body::stream(self.config.header_timeout);
@@ -319,10 +319,10 @@ impl App {
                     let label = info.header.class_names.get(digit.label);
                     let label = label.map(String::as_str).unwrap_or_default();
                     let (index, seed) = (digit.index, digit.seed);
-                    let picture = picture(&sheet, digit.pixels);
-                    records
-                        .digit(index, label, seed, &picture, sheet.scale)
-                        .await?;
+                    let (picture, scale) = (picture(&sheet, digit.pixels), sheet.scale);
+                    let make = move || encode(&enlarge(&picture, scale));
+                    let png = off_runtime((sheet.size * scale).pow(2), make).await?;
+                    records.digit(index, label, seed, png).await?;
                 }
             }
         }
@@ -525,7 +525,7 @@ async fn stream_rows(
             (encoder, bytes)
         };
         let bytes;
-        (encoder, bytes) = off_runtime(&sheet, work).await?;
+        (encoder, bytes) = off_runtime(row_pixels(&sheet), work).await?;
         if sender.send(bytes).await.is_err() {
             return Ok(());
         }
@@ -593,15 +593,19 @@ async fn animation(
 
 /// A digit is encoded in microseconds; a large row is work for another thread.
 async fn off_runtime<T: Send + 'static>(
-    sheet: &Sheet,
+    pixels: usize,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Failure> {
-    if sheet.grid.columns * (sheet.size * sheet.scale).pow(2) <= PIXELS_INLINE {
+    if pixels <= PIXELS_INLINE {
         return Ok(work());
     }
     tokio::task::spawn_blocking(work)
         .await
         .map_err(|_| Failure::panicked())
+}
+
+fn row_pixels(sheet: &Sheet) -> usize {
+    sheet.grid.columns * (sheet.size * sheet.scale).pow(2)
 }
 
 fn sheet(draw: &Draw, info: &ModelInfo) -> Sheet {

@@ -4,7 +4,7 @@ use super::accept::Form;
 use super::body::{Gone, Sender};
 use super::problem::Failure;
 use crate::api::{Problem, Record, headers};
-use crate::image::{Picture, encode, enlarge};
+use crate::image::{Picture, encode};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
@@ -71,10 +71,8 @@ impl Records {
         index: usize,
         label: &str,
         seed: u64,
-        picture: &Picture,
-        scale: usize,
+        png: Vec<u8>,
     ) -> Result<(), Gone> {
-        let png = encode(&enlarge(picture, scale));
         if self.form == Form::Multipart {
             return self.part(index, label, seed, &png).await;
         }
