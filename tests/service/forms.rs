@@ -369,7 +369,6 @@ async fn a_reader_that_leaves_in_the_middle_takes_its_digits_along() {
     // More than has become free by the time that the first is done.
     let some = r#"{"digits": "0", "count": 100}"#;
     for accept in ["application/x-ndjson", "image/png", "multipart/mixed"] {
-<<<<<<< HEAD
         let answer = 'asked: loop {
             let mut answer = post(&app, accept, long).await;
             // Once there is a picture, the rest is in the queue.
@@ -380,11 +379,6 @@ async fn a_reader_that_leaves_in_the_middle_takes_its_digits_along() {
             }
             // Refused: what the last probe asked for was still on its way out of the queue.
         };
-=======
-        let mut answer = post(&app, accept, long).await;
-        // Once there is a picture, the rest is in the queue.
-        while !has_png(&answer.chunk().await.unwrap().unwrap()) {}
->>>>>>> http
         let full = post(&app, "image/png", some).await;
         assert_eq!(full.status(), 503, "{accept}: its digits fill the queue");
         drop(answer);
